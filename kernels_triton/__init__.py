@@ -1,0 +1,1 @@
+"""The ops of `pyfastlora.ops` as Triton kernels, one file per op, under the same stems."""
