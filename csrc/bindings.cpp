@@ -1,0 +1,311 @@
+// Tensors to launchers: the only file that sees torch, through its stable ABI (2.11), so that one binary serves every
+// later torch and every Python. Per op: dtype, shape and layout checks, then the launcher. Schemas come last.
+//
+// Dimensions, devices and meaning are checked by the Python functions (pyfastlora/ops), with sentences for users; the
+// checks here keep a wrong call from touching memory it must not.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <optional>
+
+#include "kernels.h"
+
+namespace {
+
+using fastlora::ConstMatrix;
+using fastlora::DropoutMask;
+using fastlora::DType;
+using fastlora::Matrix;
+using fastlora::Packed4bit;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- checks and conversions -----------------------------------------------------------------------------------------
+
+void run_on_torch_threads(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+DType float_dtype(const char* op, const char* name, const Tensor& t) {
+    const ScalarType type = t.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
+                    " must be float32, bfloat16 or float16");
+    return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+}
+
+void packed_columns(const char* op, const char* name, const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions; it has ", t.dim());
+    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": the columns of ", name, " must be packed; their stride is ",
+                    t.stride(1));
+}
+
+ConstMatrix input(const char* op, const char* name, const Tensor& t) {
+    packed_columns(op, name, t);
+    return {t.const_data_ptr(), float_dtype(op, name, t), t.size(0), t.size(1), t.stride(0)};
+}
+
+Matrix output(const char* op, const char* name, const Tensor& t) {
+    packed_columns(op, name, t);
+    return {t.mutable_data_ptr(), float_dtype(op, name, t), t.size(0), t.size(1), t.stride(0)};
+}
+
+void same_shape(const char* op, const Tensor& a, const Tensor& b) {
+    STD_TORCH_CHECK(a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(), op,
+                    ": the tensors must agree in shape and dtype");
+}
+
+// A packed vector of `count` elements of one type.
+const void* vector(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t count) {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() >= count, op, ": ", name,
+                    " must be contiguous, of the right dtype and hold ", count, " elements; it holds ", t.numel());
+    return t.const_data_ptr();
+}
+
+const float* floats(const char* op, const char* name, const Tensor& t, int64_t count) {
+    return static_cast<const float*>(vector(op, name, t, ScalarType::Float, count));
+}
+
+const float* maybe_floats(const char* op, const char* name, const MaybeTensor& t, int64_t count) {
+    return t ? floats(op, name, *t, count) : nullptr;
+}
+
+DropoutMask mask(const char* op, const MaybeTensor& bits, double scale, int64_t rows, int64_t cols) {
+    if (!bits) return {nullptr, 0, 1.0f};
+    const int64_t pitch = (cols + 15) / 16 * 2;
+    return {static_cast<const uint8_t*>(vector(op, "mask", *bits, ScalarType::Byte, rows * pitch)), pitch, (float)scale};
+}
+
+Packed4bit packed_4bit(const char* op, const Tensor& packed, const Tensor& absmax, const MaybeTensor& nested_code,
+                       const MaybeTensor& nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize,
+                       bool fp4, int64_t rows, int64_t cols) {
+    STD_TORCH_CHECK(blocksize > 0 && nested_blocksize > 0 && rows >= 0 && cols >= 0, op, ": sizes must be positive");
+    const int64_t count = rows * cols, blocks = (count + blocksize - 1) / blocksize;
+    STD_TORCH_CHECK(nested_code.has_value() == nested_absmax.has_value(), op,
+                    ": nested_code and nested_absmax come together");
+    Packed4bit w{};
+    w.packed = static_cast<const uint8_t*>(vector(op, "packed", packed, ScalarType::Byte, (count + 1) / 2));
+    if (nested_code) {
+        w.absmax_codes = static_cast<const uint8_t*>(vector(op, "absmax", absmax, ScalarType::Byte, blocks));
+        w.nested_code = floats(op, "nested_code", *nested_code, 256);
+        w.nested_absmax =
+            floats(op, "nested_absmax", *nested_absmax, (blocks + nested_blocksize - 1) / nested_blocksize);
+    } else {
+        w.absmax = floats(op, "absmax", absmax, blocks);
+    }
+    w.offset = (float)offset, w.blocksize = blocksize, w.nested_blocksize = nested_blocksize;
+    w.fp4 = fp4, w.rows = rows, w.cols = cols;
+    return w;
+}
+
+fastlora::Act activation(const char* op, int64_t act) {
+    STD_TORCH_CHECK(act >= 0 && act <= 4, op, ": act must be 0 to 4; got ", act);
+    return static_cast<fastlora::Act>(act);
+}
+
+// ---- ops ------------------------------------------------------------------------------------------------------------
+
+int64_t cpu_level() { return fastlora::cpu::level(); }
+
+void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
+                  const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                  int64_t rows, int64_t cols, int64_t row, int64_t col, const Tensor out) {
+    const char* op = "dequant_4bit";
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+                                     fp4, rows, cols);
+    const Matrix o = output(op, "out", out);
+    STD_TORCH_CHECK(row >= 0 && col >= 0 && row + o.rows <= rows && col + o.cols <= cols, op,
+                    ": out does not lie inside the weight");
+    if (o.rows && o.cols) fastlora::cpu::dequant_4bit(w, row, col, o, run_on_torch_threads);
+}
+
+void matmul_4bit(const Tensor x, const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
+                 const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                 const Tensor out) {
+    const char* op = "matmul_4bit";
+    const ConstMatrix in = input(op, "x", x);
+    const Matrix o = output(op, "out", out);
+    STD_TORCH_CHECK(in.rows == o.rows && in.dtype == o.dtype, op, ": x and out must agree in rows and dtype");
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+                                     fp4, o.cols, in.cols);
+    if (o.rows && o.cols) fastlora::cpu::matmul_4bit(in, w, o, run_on_torch_threads);
+}
+
+void glu_forward(const Tensor gate, const Tensor up, int64_t act, const Tensor out) {
+    const char* op = "glu_forward";
+    same_shape(op, gate, up), same_shape(op, gate, out);
+    const Matrix o = output(op, "out", out);
+    const ConstMatrix g = input(op, "gate", gate), u = input(op, "up", up);
+    if (o.rows && o.cols) fastlora::cpu::glu_forward(g, u, activation(op, act), o, run_on_torch_threads);
+}
+
+void glu_backward(const Tensor dy, const Tensor gate, const Tensor up, int64_t act, const Tensor dgate, const Tensor dup,
+                  const Tensor product) {
+    const char* op = "glu_backward";
+    for (const Tensor* t : {&dy, &up, &dgate, &dup, &product}) same_shape(op, gate, *t);
+    const Matrix dg = output(op, "dgate", dgate), du = output(op, "dup", dup), p = output(op, "product", product);
+    const ConstMatrix d = input(op, "dy", dy), g = input(op, "gate", gate), u = input(op, "up", up);
+    if (dg.rows && dg.cols)
+        fastlora::cpu::glu_backward(d, g, u, activation(op, act), dg, du, p, run_on_torch_threads);
+}
+
+void lora_shrink(const Tensor x, const Tensor a, bool a_transposed, const MaybeTensor bits, double mask_scale,
+                 double scale, const Tensor out) {
+    const char* op = "lora_shrink";
+    const ConstMatrix in = input(op, "x", x), factor = input(op, "a", a);
+    const Matrix o = output(op, "out", out);
+    STD_TORCH_CHECK(o.dtype == DType::f32 && out.is_contiguous() && o.rows == in.rows, op,
+                    ": out must be a packed float32 [T, R]");
+    STD_TORCH_CHECK((a_transposed ? factor.rows : factor.cols) == in.cols &&
+                        (a_transposed ? factor.cols : factor.rows) == o.cols,
+                    op, ": a does not fit x and out");
+    const DropoutMask m = mask(op, bits, mask_scale, in.rows, in.cols);
+    if (o.rows && o.cols)
+        fastlora::cpu::lora_shrink(in, factor, a_transposed, m, (float)scale, o, run_on_torch_threads);
+}
+
+void lora_expand(const Tensor s, const Tensor b, bool b_transposed, const MaybeTensor bias, const MaybeTensor bits,
+                 double mask_scale, double scale, const Tensor y) {
+    const char* op = "lora_expand";
+    const ConstMatrix in = input(op, "s", s), factor = input(op, "b", b);
+    const Matrix o = output(op, "y", y);
+    STD_TORCH_CHECK(in.dtype == DType::f32 && s.is_contiguous() && o.rows == in.rows, op,
+                    ": s must be a packed float32 [T, R]");
+    STD_TORCH_CHECK((b_transposed ? factor.rows : factor.cols) == in.cols &&
+                        (b_transposed ? factor.cols : factor.rows) == o.cols,
+                    op, ": b does not fit s and y");
+    const DropoutMask m = mask(op, bits, mask_scale, o.rows, o.cols);
+    if (o.rows && o.cols)
+        fastlora::cpu::lora_expand(in, factor, b_transposed, maybe_floats(op, "bias", bias, o.cols), m, (float)scale, o,
+                                   run_on_torch_threads);
+}
+
+void lora_grad(const Tensor s, const Tensor x, const MaybeTensor bits, double mask_scale, const Tensor out) {
+    const char* op = "lora_grad";
+    const ConstMatrix factor = input(op, "s", s), in = input(op, "x", x);
+    const Matrix o = output(op, "out", out);
+    STD_TORCH_CHECK(factor.dtype == DType::f32 && o.dtype == DType::f32 && factor.rows == in.rows &&
+                        o.rows == factor.cols && o.cols == in.cols,
+                    op, ": s must be float32 [T, R], x [T, I] and out float32 [R, I]");
+    const DropoutMask m = mask(op, bits, mask_scale, in.rows, in.cols);
+    if (o.rows && o.cols) fastlora::cpu::lora_grad(factor, in, m, o, run_on_torch_threads);
+}
+
+void check_factors(const char* op, const ConstMatrix& a, const ConstMatrix& b, int64_t rows, int64_t cols) {
+    STD_TORCH_CHECK(a.cols == cols && b.rows == rows && a.rows == b.cols, op, ": a [R, I] and b [O, R] do not fit the weight [",
+                    rows, ", ", cols, "]");
+}
+
+float* norms(const char* op, const Tensor& out, int64_t rows) {
+    return static_cast<float*>(const_cast<void*>(vector(op, "out", out, ScalarType::Float, rows)));
+}
+
+void dora_norm(const Tensor w, const Tensor a, const Tensor b, double scale, const Tensor out) {
+    const char* op = "dora_norm";
+    const ConstMatrix weight = input(op, "w", w), fa = input(op, "a", a), fb = input(op, "b", b);
+    check_factors(op, fa, fb, weight.rows, weight.cols);
+    fastlora::cpu::dora_norm(weight, fa, fb, (float)scale, norms(op, out, weight.rows), run_on_torch_threads);
+}
+
+void dora_norm_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
+                    const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                    int64_t dtype, const Tensor a, const Tensor b, double scale, const Tensor out) {
+    const char* op = "dora_norm_4bit";
+    const ConstMatrix fa = input(op, "a", a), fb = input(op, "b", b);
+    STD_TORCH_CHECK(dtype >= 0 && dtype <= 2, op, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+                                     fp4, fb.rows, fa.cols);
+    check_factors(op, fa, fb, w.rows, w.cols);
+    fastlora::cpu::dora_norm_4bit(w, static_cast<DType>(dtype), fa, fb, (float)scale, norms(op, out, w.rows),
+                                  run_on_torch_threads);
+}
+
+void dora_scale_forward(const Tensor z, const Tensor g, const MaybeTensor bias, const Tensor out) {
+    const char* op = "dora_scale_forward";
+    same_shape(op, z, out);
+    const ConstMatrix in = input(op, "z", z);
+    const Matrix o = output(op, "out", out);
+    if (o.rows && o.cols)
+        fastlora::cpu::dora_scale_forward(in, floats(op, "g", g, in.cols), maybe_floats(op, "bias", bias, in.cols), o,
+                                          run_on_torch_threads);
+}
+
+void dora_scale_backward(const Tensor dy, const Tensor z, const Tensor g, const Tensor dz, const Tensor dg) {
+    const char* op = "dora_scale_backward";
+    same_shape(op, dy, z), same_shape(op, dy, dz);
+    const ConstMatrix d = input(op, "dy", dy), in = input(op, "z", z);
+    fastlora::cpu::dora_scale_backward(d, in, floats(op, "g", g, in.cols), output(op, "dz", dz), norms(op, dg, in.cols),
+                                       run_on_torch_threads);
+}
+
+// torch.get_rng_state() of a CPU generator: seed (8 bytes), left (4), seeded (4), next (8), then 624 words, 8 bytes each.
+constexpr int64_t left_at = 8, next_at = 16, words_at = 24, word_count = 624;
+
+void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, const Tensor bits) {
+    const char* op = "dropout_mask";
+    STD_TORCH_CHECK(rows >= 0 && cols >= 0 && keep >= 0 && keep <= 1, op, ": keep must be in [0, 1]");
+    vector(op, "state", state, ScalarType::Byte, words_at + 8 * word_count);
+    vector(op, "bits", bits, ScalarType::Byte, rows * ((cols + 15) / 16 * 2));
+    auto* bytes = static_cast<uint8_t*>(state.mutable_data_ptr());
+    uint32_t words[word_count];
+    for (int64_t i = 0; i < word_count; ++i) std::memcpy(words + i, bytes + words_at + 8 * i, 4);
+    fastlora::cpu::Mt19937 generator{words, 0, 0};
+    std::memcpy(&generator.left, bytes + left_at, 4);
+    std::memcpy(&generator.next, bytes + next_at, 4);
+    STD_TORCH_CHECK(generator.left >= 1 && generator.left + (int64_t)generator.next <= word_count + 1, op,
+                    ": state is not that of a torch CPU generator");
+    fastlora::cpu::dropout_mask(generator, keep, rows, cols, static_cast<uint8_t*>(bits.mutable_data_ptr()));
+    for (int64_t i = 0; i < word_count; ++i) std::memcpy(bytes + words_at + 8 * i, words + i, 4);
+    std::memcpy(bytes + left_at, &generator.left, 4);
+    std::memcpy(bytes + next_at, &generator.next, 4);
+}
+
+}  // namespace
+
+// ---- schemas --------------------------------------------------------------------------------------------------------
+
+#define FASTLORA_PACKED_4BIT                                                                                    \
+    "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, float offset, int blocksize, "   \
+    "int nested_blocksize, bool fp4, "
+
+STABLE_TORCH_LIBRARY(pyfastlora, m) {
+    m.def("cpu_level() -> int");
+    m.def("dequant_4bit(" FASTLORA_PACKED_4BIT "int rows, int cols, int row, int col, Tensor(a!) out) -> ()");
+    m.def("matmul_4bit(Tensor x, " FASTLORA_PACKED_4BIT "Tensor(a!) out) -> ()");
+    m.def("glu_forward(Tensor gate, Tensor up, int act, Tensor(a!) out) -> ()");
+    m.def(
+        "glu_backward(Tensor dy, Tensor gate, Tensor up, int act, Tensor(a!) dgate, Tensor(b!) dup, "
+        "Tensor(c!) product) -> ()");
+    m.def(
+        "lora_shrink(Tensor x, Tensor a, bool a_transposed, Tensor? mask, float mask_scale, float scale, "
+        "Tensor(a!) out) -> ()");
+    m.def(
+        "lora_expand(Tensor s, Tensor b, bool b_transposed, Tensor? bias, Tensor? mask, float mask_scale, float scale, "
+        "Tensor(a!) y) -> ()");
+    m.def("lora_grad(Tensor s, Tensor x, Tensor? mask, float mask_scale, Tensor(a!) out) -> ()");
+    m.def("dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
+    m.def("dora_norm_4bit(" FASTLORA_PACKED_4BIT "int dtype, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
+    m.def("dora_scale_forward(Tensor z, Tensor g, Tensor? bias, Tensor(a!) out) -> ()");
+    m.def("dora_scale_backward(Tensor dy, Tensor z, Tensor g, Tensor(a!) dz, Tensor(b!) dg) -> ()");
+    m.def("dropout_mask(Tensor(a!) state, float keep, int rows, int cols, Tensor(b!) bits) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
+
+STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CPU, m) {
+    m.impl("dequant_4bit", TORCH_BOX(&dequant_4bit));
+    m.impl("matmul_4bit", TORCH_BOX(&matmul_4bit));
+    m.impl("glu_forward", TORCH_BOX(&glu_forward));
+    m.impl("glu_backward", TORCH_BOX(&glu_backward));
+    m.impl("lora_shrink", TORCH_BOX(&lora_shrink));
+    m.impl("lora_expand", TORCH_BOX(&lora_expand));
+    m.impl("lora_grad", TORCH_BOX(&lora_grad));
+    m.impl("dora_norm", TORCH_BOX(&dora_norm));
+    m.impl("dora_norm_4bit", TORCH_BOX(&dora_norm_4bit));
+    m.impl("dora_scale_forward", TORCH_BOX(&dora_scale_forward));
+    m.impl("dora_scale_backward", TORCH_BOX(&dora_scale_backward));
+    m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
+}

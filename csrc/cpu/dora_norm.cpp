@@ -1,0 +1,147 @@
+// dora_norm: out[o] = ||W_o + s (B A)_o|| = sqrt(||W_o||^2 + 2 s <W_o A^T, B_o> + s^2 B_o (A A^T) B_o^T)
+//
+// One pass over W, dense or packed, gives both ||W_o||^2 and W_o A^T, so nothing about W is cached and B A is never made.
+// Bound by the 2 O I r flops of W A^T in float32. The three terms cancel only where s B A is nearly -W.
+#ifdef FASTLORA_LEVEL
+#include "decode_4bit.h"
+#include "skinny.h"
+
+namespace fastlora::FASTLORA_LEVEL {
+
+template <class T>
+struct DenseRows {
+    const T* data;
+    int64_t pitch;
+    FASTLORA_INLINE void widen_into(const DenseRows& w, int64_t row, int64_t col, int64_t depth, float* out) {
+        widen(w.data + row * w.pitch + col, depth, nullptr, 0, 1.0f, out);
+    }
+};
+
+template <class T>
+struct PackedRows {
+    const Packed4bit& w;
+    FASTLORA_INLINE void widen_into(const PackedRows& rows, int64_t row, int64_t col, int64_t depth, float* out) {
+        alignas(64) T decoded[depth_block];  // rounded to the weight's dtype, as a dense copy would be
+        decode(rows.w, row * rows.w.cols + col, depth, decoded);
+        widen(decoded, depth, nullptr, 0, 1.0f, out);
+    }
+};
+
+// P [rows, width] += W A^T and squares[row] = ||W_row||^2 for up to row_tile rows.
+template <class Rows>
+FASTLORA_INLINE void project(const Rows& w, int64_t o0, int64_t rows, int64_t cols, const float* packed_a,
+                             int64_t width, float* wide, float* p, float* squares) {
+    for (int64_t i = 0; i < row_tile * width; ++i) p[i] = 0;
+    vf square[row_tile] = {};
+    for (int64_t k0 = 0; k0 < cols; k0 += depth_block) {
+        const int64_t depth = cols - k0 < depth_block ? cols - k0 : depth_block;
+        for (int64_t t = 0; t < rows; ++t) {
+            float* row = wide + t * depth_block;
+            for (int64_t k = depth; k < padded(depth); ++k) row[k] = 0;
+            Rows::widen_into(w, o0 + t, k0, depth, row);
+            for (int64_t k = 0; k < depth; k += lanes) square[t] += load(row + k) * load(row + k);
+        }
+        multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, p, width);
+    }
+    for (int64_t t = 0; t < rows; ++t) squares[t] = sum(square[t]);
+}
+
+template <class Rows>
+void norm_rows_as(const Rows& w, int64_t cols, const float* packed_a, const float* gram, const float* wide_b,
+                  int64_t ranks, float scale, float* scratch, float* out, int64_t begin, int64_t end) {
+    const int64_t width = padded(ranks);
+    float wide[row_tile * depth_block], squares[row_tile];
+    float *p = scratch, *bg = scratch + row_tile * width;
+    for (int64_t o0 = begin; o0 < end; o0 += row_tile) {
+        const int64_t rows = end - o0 < row_tile ? end - o0 : row_tile;
+        project(w, o0, rows, cols, packed_a, width, wide, p, squares);
+        for (int64_t i = 0; i < row_tile * width; ++i) bg[i] = 0;
+        const float* b = wide_b + o0 * width;
+        multiply_rows(b, width, rows, gram, width, width, ranks, bg, width);
+        for (int64_t t = 0; t < rows; ++t) {
+            vf cross = {}, quad = {};
+            for (int64_t j = 0; j < width; j += lanes) {
+                const vf bj = load(b + t * width + j);
+                cross += load(p + t * width + j) * bj;
+                quad += load(bg + t * width + j) * bj;
+            }
+            const float squared = squares[t] + 2 * scale * sum(cross) + scale * scale * sum(quad);
+            out[o0 + t] = squared > 0 ? __builtin_sqrtf(squared) : squared == squared ? 0 : squared;
+        }
+    }
+}
+
+void norm_rows(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t cols, const float* packed_a,
+               const float* gram, const float* wide_b, int64_t ranks, float scale, float* scratch, float* out,
+               int64_t begin, int64_t end) {
+    auto over = [&](const auto& rows) {
+        norm_rows_as(rows, cols, packed_a, gram, wide_b, ranks, scale, scratch, out, begin, end);
+    };
+    if (dense) {
+        if (dtype == DType::f32) return over(DenseRows<float>{(const float*)dense->data, dense->pitch});
+        if (dtype == DType::bf16) return over(DenseRows<bf16>{(const bf16*)dense->data, dense->pitch});
+        return over(DenseRows<f16>{(const f16*)dense->data, dense->pitch});
+    }
+    if (dtype == DType::f32) return over(PackedRows<float>{*packed});
+    if (dtype == DType::bf16) return over(PackedRows<bf16>{*packed});
+    over(PackedRows<f16>{*packed});
+}
+
+// gram [ranks, width] = A A^T from A packed as [cols, width].
+void gram_of(const float* packed_a, int64_t cols, int64_t ranks, float* gram) {
+    const int64_t width = padded(ranks);
+    for (int64_t i = 0; i < ranks * width; ++i) gram[i] = 0;
+    float wide[row_tile * depth_block];
+    for (int64_t j0 = 0; j0 < ranks; j0 += row_tile) {
+        const int64_t rows = ranks - j0 < row_tile ? ranks - j0 : row_tile;
+        for (int64_t k0 = 0; k0 < cols; k0 += depth_block) {
+            const int64_t depth = cols - k0 < depth_block ? cols - k0 : depth_block;
+            for (int64_t t = 0; t < rows; ++t)
+                for (int64_t k = 0; k < depth; ++k) wide[t * depth_block + k] = packed_a[(k0 + k) * width + j0 + t];
+            multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, gram + j0 * width, width);
+        }
+    }
+}
+
+int64_t norm_width(int64_t ranks) { return padded(ranks); }
+void pack_norm_factors(const ConstMatrix& a, const ConstMatrix& b, float* packed_a, float* wide_b) {
+    pack_factor(a, false, packed_a);
+    pack_factor(b, true, wide_b);  // "transposed" with respect to [ranks, O]: rows of b as they are, padded
+}
+
+}  // namespace fastlora::FASTLORA_LEVEL
+#else
+#define FASTLORA_KERNELS "dora_norm.cpp"
+#include "levels.h"
+#include "scratch.h"
+
+namespace fastlora::cpu {
+
+static void norm(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t rows, int64_t cols,
+                 const ConstMatrix& a, const ConstMatrix& b, float scale, float* out, ParallelFor run) {
+    static thread_local Scratch shared;
+    const int64_t ranks = a.rows, width = FASTLORA_PICK(norm_width)(ranks);
+    float* packed_a = shared.floats((cols + rows + ranks) * width);
+    float *wide_b = packed_a + cols * width, *gram = wide_b + rows * width;
+    FASTLORA_PICK(pack_norm_factors)(a, b, packed_a, wide_b);
+    FASTLORA_PICK(gram_of)(packed_a, cols, ranks, gram);
+    const auto body = FASTLORA_PICK(norm_rows);
+    const int64_t grain = 8 + (1 << 19) / (cols * width + 1) / 8 * 8;  // ~0.5 M multiply-adds, some 10 us
+    parallel(run, rows, grain, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch own;
+        body(dense, packed, dtype, cols, packed_a, gram, wide_b, ranks, scale, own.floats(16 * width), out, begin, end);
+    });
+}
+
+void dora_norm(const ConstMatrix& w, const ConstMatrix& a, const ConstMatrix& b, float scale, float* out,
+               ParallelFor run) {
+    norm(&w, nullptr, w.dtype, w.rows, w.cols, a, b, scale, out, run);
+}
+
+void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b, float scale,
+                    float* out, ParallelFor run) {
+    norm(nullptr, &w, weight_dtype, w.rows, w.cols, a, b, scale, out, run);
+}
+
+}  // namespace fastlora::cpu
+#endif

@@ -1,0 +1,28 @@
+// The instruction set the kernels use on this CPU.
+#include <cstdlib>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace fastlora::cpu {
+
+static int detect() {
+    int best = 0;
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
+    if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        best = 2;
+#endif
+    const char* wanted = std::getenv("FASTLORA_CPU_LEVEL");
+    const int cap = !wanted ? best : !std::strcmp(wanted, "portable") ? 0 : !std::strcmp(wanted, "avx2") ? 1 : best;
+    return cap < best ? cap : best;
+}
+
+int level() {
+    static const int chosen = detect();
+    return chosen;
+}
+
+}  // namespace fastlora::cpu
