@@ -1,0 +1,55 @@
+"""`fastlora`: the list of verbs. A verb's module is imported when it is called, never to print the list."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+import click
+
+from pyfastlora import __version__
+
+# Each name is also that of the module pyfastlora.cli.<verb> and of the command in it.
+VERBS = {
+    "train": "Fine-tune a model as a YAML file says.",
+    "quickstart": "See it work: a small model, real text, a few minutes.",
+    "build": "Compile the kernels ahead of their first use.",
+    "info": "Show what runs on this machine, and why the rest does not.",
+}
+
+
+class Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command = getattr(importlib.import_module(f"pyfastlora.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # click looks for similar names among the commands that are loaded, which are none.
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f"did you mean `fastlora {close[0]}`?" if close else f"there are {', '.join(VERBS)}."
+            ctx.fail(f"no verb {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=Verbs, subcommand_metavar="VERB ...")
+@click.version_option(__version__, prog_name="fastlora")
+def main() -> None:
+    """Fused LoRA, QLoRA and DoRA training for Hugging Face PEFT models.
+
+    \b
+      fastlora quickstart
+      fastlora train config.yaml
+    """
