@@ -80,12 +80,13 @@ DropoutMask mask(const char* op, const MaybeTensor& bits, double scale, int64_t 
 }
 
 Packed4bit packed_4bit(const char* op, const Tensor& packed, const Tensor& absmax, const MaybeTensor& nested_code,
-                       const MaybeTensor& nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize,
+                       const MaybeTensor& nested_absmax, const MaybeTensor& nested_offset, int64_t blocksize, int64_t nested_blocksize,
                        bool fp4, int64_t rows, int64_t cols) {
     STD_TORCH_CHECK(blocksize > 0 && nested_blocksize > 0 && rows >= 0 && cols >= 0, op, ": sizes must be positive");
     const int64_t count = rows * cols, blocks = (count + blocksize - 1) / blocksize;
-    STD_TORCH_CHECK(nested_code.has_value() == nested_absmax.has_value(), op,
-                    ": nested_code and nested_absmax come together");
+    STD_TORCH_CHECK(nested_code.has_value() == nested_absmax.has_value() &&
+                        nested_code.has_value() == nested_offset.has_value(),
+                    op, ": nested_code, nested_absmax and nested_offset come together");
     Packed4bit w{};
     w.packed = static_cast<const uint8_t*>(vector(op, "packed", packed, ScalarType::Byte, (count + 1) / 2));
     if (nested_code) {
@@ -93,10 +94,11 @@ Packed4bit packed_4bit(const char* op, const Tensor& packed, const Tensor& absma
         w.nested_code = floats(op, "nested_code", *nested_code, 256);
         w.nested_absmax =
             floats(op, "nested_absmax", *nested_absmax, (blocks + nested_blocksize - 1) / nested_blocksize);
+        w.nested_offset = floats(op, "nested_offset", *nested_offset, 1);
     } else {
         w.absmax = floats(op, "absmax", absmax, blocks);
     }
-    w.offset = (float)offset, w.blocksize = blocksize, w.nested_blocksize = nested_blocksize;
+    w.blocksize = blocksize, w.nested_blocksize = nested_blocksize;
     w.fp4 = fp4, w.rows = rows, w.cols = cols;
     return w;
 }
@@ -111,10 +113,10 @@ fastlora::Act activation(const char* op, int64_t act) {
 int64_t cpu_level() { return fastlora::cpu::level(); }
 
 void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                  const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                  const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
                   int64_t rows, int64_t cols, int64_t row, int64_t col, const Tensor out) {
     const char* op = "dequant_4bit";
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
                                      fp4, rows, cols);
     const Matrix o = output(op, "out", out);
     STD_TORCH_CHECK(row >= 0 && col >= 0 && row + o.rows <= rows && col + o.cols <= cols, op,
@@ -123,13 +125,13 @@ void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor ne
 }
 
 void matmul_4bit(const Tensor x, const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                 const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                 const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
                  const Tensor out) {
     const char* op = "matmul_4bit";
     const ConstMatrix in = input(op, "x", x);
     const Matrix o = output(op, "out", out);
     STD_TORCH_CHECK(in.rows == o.rows && in.dtype == o.dtype, op, ": x and out must agree in rows and dtype");
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
                                      fp4, o.cols, in.cols);
     if (o.rows && o.cols) fastlora::cpu::matmul_4bit(in, w, o, run_on_torch_threads);
 }
@@ -167,11 +169,12 @@ void lora_shrink(const Tensor x, const Tensor a, bool a_transposed, const MaybeT
         fastlora::cpu::lora_shrink(in, factor, a_transposed, m, (float)scale, o, run_on_torch_threads);
 }
 
-void lora_expand(const Tensor s, const Tensor b, bool b_transposed, const MaybeTensor bias, const MaybeTensor bits,
-                 double mask_scale, double scale, const Tensor y) {
+void lora_expand(const Tensor y, const Tensor s, const Tensor b, bool b_transposed, const MaybeTensor bits,
+                 double mask_scale, double scale, const MaybeTensor gain, const MaybeTensor offset, const Tensor out) {
     const char* op = "lora_expand";
-    const ConstMatrix in = input(op, "s", s), factor = input(op, "b", b);
-    const Matrix o = output(op, "y", y);
+    const ConstMatrix from = input(op, "y", y), in = input(op, "s", s), factor = input(op, "b", b);
+    const Matrix o = output(op, "out", out);
+    same_shape(op, y, out);
     STD_TORCH_CHECK(in.dtype == DType::f32 && s.is_contiguous() && o.rows == in.rows, op,
                     ": s must be a packed float32 [T, R]");
     STD_TORCH_CHECK((b_transposed ? factor.rows : factor.cols) == in.cols &&
@@ -179,8 +182,8 @@ void lora_expand(const Tensor s, const Tensor b, bool b_transposed, const MaybeT
                     op, ": b does not fit s and y");
     const DropoutMask m = mask(op, bits, mask_scale, o.rows, o.cols);
     if (o.rows && o.cols)
-        fastlora::cpu::lora_expand(in, factor, b_transposed, maybe_floats(op, "bias", bias, o.cols), m, (float)scale, o,
-                                   run_on_torch_threads);
+        fastlora::cpu::lora_expand(from, in, factor, b_transposed, m, (float)scale, maybe_floats(op, "gain", gain, o.cols),
+                                   maybe_floats(op, "offset", offset, o.cols), o, run_on_torch_threads);
 }
 
 void lora_grad(const Tensor s, const Tensor x, const MaybeTensor bits, double mask_scale, const Tensor out) {
@@ -200,7 +203,8 @@ void check_factors(const char* op, const ConstMatrix& a, const ConstMatrix& b, i
 }
 
 float* norms(const char* op, const Tensor& out, int64_t rows) {
-    return static_cast<float*>(const_cast<void*>(vector(op, "out", out, ScalarType::Float, rows)));
+    floats(op, "out", out, rows);
+    return static_cast<float*>(out.mutable_data_ptr());
 }
 
 void dora_norm(const Tensor w, const Tensor a, const Tensor b, double scale, const Tensor out) {
@@ -211,34 +215,32 @@ void dora_norm(const Tensor w, const Tensor a, const Tensor b, double scale, con
 }
 
 void dora_norm_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                    const MaybeTensor nested_absmax, double offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
+                    const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
                     int64_t dtype, const Tensor a, const Tensor b, double scale, const Tensor out) {
     const char* op = "dora_norm_4bit";
     const ConstMatrix fa = input(op, "a", a), fb = input(op, "b", b);
     STD_TORCH_CHECK(dtype >= 0 && dtype <= 2, op, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, offset, blocksize, nested_blocksize,
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
                                      fp4, fb.rows, fa.cols);
     check_factors(op, fa, fb, w.rows, w.cols);
     fastlora::cpu::dora_norm_4bit(w, static_cast<DType>(dtype), fa, fb, (float)scale, norms(op, out, w.rows),
                                   run_on_torch_threads);
 }
 
-void dora_scale_forward(const Tensor z, const Tensor g, const MaybeTensor bias, const Tensor out) {
-    const char* op = "dora_scale_forward";
-    same_shape(op, z, out);
-    const ConstMatrix in = input(op, "z", z);
-    const Matrix o = output(op, "out", out);
-    if (o.rows && o.cols)
-        fastlora::cpu::dora_scale_forward(in, floats(op, "g", g, in.cols), maybe_floats(op, "bias", bias, in.cols), o,
-                                          run_on_torch_threads);
-}
-
-void dora_scale_backward(const Tensor dy, const Tensor z, const Tensor g, const Tensor dz, const Tensor dg) {
-    const char* op = "dora_scale_backward";
+void dora_grad(const Tensor dy, const Tensor z, const Tensor gain, const Tensor dz, const Tensor dgain) {
+    const char* op = "dora_grad";
     same_shape(op, dy, z), same_shape(op, dy, dz);
     const ConstMatrix d = input(op, "dy", dy), in = input(op, "z", z);
-    fastlora::cpu::dora_scale_backward(d, in, floats(op, "g", g, in.cols), output(op, "dz", dz), norms(op, dg, in.cols),
-                                       run_on_torch_threads);
+    fastlora::cpu::dora_grad(d, in, floats(op, "gain", gain, in.cols), output(op, "dz", dz),
+                             norms(op, dgain, in.cols), run_on_torch_threads);
+}
+
+void dropout_apply(const Tensor x, const Tensor bits, double mask_scale, const Tensor out) {
+    const char* op = "dropout_apply";
+    same_shape(op, x, out);
+    const ConstMatrix in = input(op, "x", x);
+    const DropoutMask m = mask(op, bits, mask_scale, in.rows, in.cols);
+    if (in.rows && in.cols) fastlora::cpu::dropout_apply(in, m, output(op, "out", out), run_on_torch_threads);
 }
 
 // torch.get_rng_state() of a CPU generator: seed (8 bytes), left (4), seeded (4), next (8), then 624 words, 8 bytes each.
@@ -268,8 +270,8 @@ void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, c
 // ---- schemas --------------------------------------------------------------------------------------------------------
 
 #define FASTLORA_PACKED_4BIT                                                                                    \
-    "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, float offset, int blocksize, "   \
-    "int nested_blocksize, bool fp4, "
+    "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset, "          \
+    "int blocksize, int nested_blocksize, bool fp4, "
 
 STABLE_TORCH_LIBRARY(pyfastlora, m) {
     m.def("cpu_level() -> int");
@@ -283,13 +285,13 @@ STABLE_TORCH_LIBRARY(pyfastlora, m) {
         "lora_shrink(Tensor x, Tensor a, bool a_transposed, Tensor? mask, float mask_scale, float scale, "
         "Tensor(a!) out) -> ()");
     m.def(
-        "lora_expand(Tensor s, Tensor b, bool b_transposed, Tensor? bias, Tensor? mask, float mask_scale, float scale, "
-        "Tensor(a!) y) -> ()");
+        "lora_expand(Tensor y, Tensor s, Tensor b, bool b_transposed, Tensor? mask, float mask_scale, float scale, "
+        "Tensor? gain, Tensor? offset, Tensor(a!) out) -> ()");
     m.def("lora_grad(Tensor s, Tensor x, Tensor? mask, float mask_scale, Tensor(a!) out) -> ()");
     m.def("dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
     m.def("dora_norm_4bit(" FASTLORA_PACKED_4BIT "int dtype, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
-    m.def("dora_scale_forward(Tensor z, Tensor g, Tensor? bias, Tensor(a!) out) -> ()");
-    m.def("dora_scale_backward(Tensor dy, Tensor z, Tensor g, Tensor(a!) dz, Tensor(b!) dg) -> ()");
+    m.def("dora_grad(Tensor dy, Tensor z, Tensor gain, Tensor(a!) dz, Tensor(b!) dgain) -> ()");
+    m.def("dropout_apply(Tensor x, Tensor mask, float mask_scale, Tensor(a!) out) -> ()");
     m.def("dropout_mask(Tensor(a!) state, float keep, int rows, int cols, Tensor(b!) bits) -> ()");
 }
 
@@ -305,7 +307,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CPU, m) {
     m.impl("lora_grad", TORCH_BOX(&lora_grad));
     m.impl("dora_norm", TORCH_BOX(&dora_norm));
     m.impl("dora_norm_4bit", TORCH_BOX(&dora_norm_4bit));
-    m.impl("dora_scale_forward", TORCH_BOX(&dora_scale_forward));
-    m.impl("dora_scale_backward", TORCH_BOX(&dora_scale_backward));
+    m.impl("dora_grad", TORCH_BOX(&dora_grad));
+    m.impl("dropout_apply", TORCH_BOX(&dropout_apply));
     m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
 }

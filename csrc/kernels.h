@@ -36,10 +36,10 @@ struct DropoutMask {
 struct Packed4bit {
     const uint8_t* packed;
     const float* absmax;          // [blocks], or null when nested
-    const uint8_t* absmax_codes;  // [blocks], nested: absmax = nested_code[code] * nested_absmax[block / nested_blocksize] + offset
+    const uint8_t* absmax_codes;  // [blocks], nested: nested_code[code] * nested_absmax[block / nested_blocksize] + nested_offset
     const float* nested_code;     // [256]
     const float* nested_absmax;
-    float offset;
+    const float* nested_offset;   // one value
     int64_t blocksize, nested_blocksize;
     bool fp4;  // else NF4
     int64_t rows, cols;
@@ -77,9 +77,11 @@ void glu_backward(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMat
 void lora_shrink(const ConstMatrix& x, const ConstMatrix& a, bool a_transposed, const DropoutMask& mask, float scale,
                  const Matrix& out, ParallelFor run);
 
-// y [T, O] += D(scale * (s [T, R] b^T + bias)) in place, b is [O, R], or [R, O] when b_transposed; bias f32 [O] or null.
-void lora_expand(const ConstMatrix& s, const ConstMatrix& b, bool b_transposed, const float* bias,
-                 const DropoutMask& mask, float scale, const Matrix& y, ParallelFor run);
+// out [T, O] = gain * (y + scale * D(s [T, R] b^T)) + offset; b is [O, R], or [R, O] when b_transposed; gain and offset
+// f32 [O] or null. out may be y: in place.
+void lora_expand(const ConstMatrix& y, const ConstMatrix& s, const ConstMatrix& b, bool b_transposed,
+                 const DropoutMask& mask, float scale, const float* gain, const float* offset, const Matrix& out,
+                 ParallelFor run);
 
 // out [R, I] f32 = s [T, R]^T D(x [T, I]): gradients of the rank-r factors.
 void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, const Matrix& out,
@@ -91,12 +93,12 @@ void dora_norm(const ConstMatrix& w, const ConstMatrix& a, const ConstMatrix& b,
 void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b, float scale,
                     float* out, ParallelFor run);
 
-// out = z * g + bias per column (g, bias f32 [O]; bias may be null). out may be z.
-void dora_scale_forward(const ConstMatrix& z, const float* g, const float* bias, const Matrix& out, ParallelFor run);
+// dz = dy * gain per column; dgain [O] = sum over rows of dy * z. f32 sums.
+void dora_grad(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz, float* dgain,
+               ParallelFor run);
 
-// dz = dy * g; dg [O] = sum over rows of dy * z.
-void dora_scale_backward(const ConstMatrix& dy, const ConstMatrix& z, const float* g, const Matrix& dz, float* dg,
-                         ParallelFor run);
+// out = D(x); out may be x.
+void dropout_apply(const ConstMatrix& x, const DropoutMask& mask, const Matrix& out, ParallelFor run);
 
 // Bits of torch's CPU bernoulli_(keep), row by row, from an mt19937 state that is advanced in place. Serial by nature.
 struct Mt19937 {

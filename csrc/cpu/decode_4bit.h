@@ -24,7 +24,7 @@ FASTLORA_INLINE float rounded(float value) {
 FASTLORA_INLINE float block_absmax(const Packed4bit& w, int64_t block) {
     if (w.absmax) return w.absmax[block];
     const float scaled = rounded(w.nested_code[w.absmax_codes[block]] * w.nested_absmax[block / w.nested_blocksize]);
-    return scaled + w.offset;
+    return scaled + *w.nested_offset;
 }
 
 template <class T>

@@ -17,7 +17,7 @@ FASTLORA_INLINE void grad_tile(const float* s, int64_t s_pitch, const float* x, 
                                int64_t out_pitch) {
     vf acc[ranks][vectors];
     for (int j = 0; j < ranks; ++j)
-        for (int v = 0; v < vectors; ++v) acc[j][v] = load(out + j * out_pitch + v * lanes);
+        for (int v = 0; v < vectors; ++v) acc[j][v] = vf{};
     for (int64_t t = 0; t < rows; ++t) {
         vf row[vectors];
         for (int v = 0; v < vectors; ++v) row[v] = load(x + t * grad_cols + v * lanes);
@@ -27,7 +27,10 @@ FASTLORA_INLINE void grad_tile(const float* s, int64_t s_pitch, const float* x, 
         }
     }
     for (int j = 0; j < ranks; ++j)
-        for (int v = 0; v < vectors; ++v) store(out + j * out_pitch + v * lanes, acc[j][v]);
+        for (int v = 0; v < vectors; ++v) {
+            float* at = out + j * out_pitch + v * lanes;
+            store(at, load(at) + acc[j][v]);
+        }
 }
 
 template <class T>

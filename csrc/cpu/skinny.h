@@ -66,7 +66,7 @@ FASTLORA_INLINE void tile(const float* x, int64_t x_pitch, const float* packed, 
                           float* out, int64_t out_pitch) {
     vf acc[rows][vectors];
     for (int t = 0; t < rows; ++t)
-        for (int v = 0; v < vectors; ++v) acc[t][v] = load(out + t * out_pitch + v * lanes);
+        for (int v = 0; v < vectors; ++v) acc[t][v] = vf{};
     for (int64_t k = 0; k < depth; ++k) {
         vf p[vectors];
         for (int v = 0; v < vectors; ++v) p[v] = load(packed + k * packed_pitch + v * lanes);
@@ -75,8 +75,11 @@ FASTLORA_INLINE void tile(const float* x, int64_t x_pitch, const float* packed, 
             for (int v = 0; v < vectors; ++v) acc[t][v] += value * p[v];
         }
     }
-    for (int t = 0; t < rows; ++t)
-        for (int v = 0; v < vectors; ++v) store(out + t * out_pitch + v * lanes, acc[t][v]);
+    for (int t = 0; t < rows; ++t)  // each block's sum starts at zero: shorter chains of roundings
+        for (int v = 0; v < vectors; ++v) {
+            float* at = out + t * out_pitch + v * lanes;
+            store(at, load(at) + acc[t][v]);
+        }
 }
 
 // out [rows, columns] += x [rows, depth] packed [depth, columns]; rows <= row_tile, all float32, columns in whole vectors.

@@ -1,0 +1,171 @@
+"""The dispatcher: which implementation of an op runs, and why the others do not.
+
+An `Op` holds its implementations in order of preference. For a `Problem` (device, arch, dtype) the first one without an
+objection is taken; the choice is made once per problem and cached, so a call costs a dictionary look-up. A requested
+backend (environment variable FASTLORA_BACKEND, or `backend(...)`) is taken or refused with every candidate's
+reason; it never becomes another one silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfastlora.ops import _native
+
+logger = logging.getLogger("pyfastlora")
+
+BACKENDS = ("gpu", "triton", "cpu", "reference")
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+class BackendError(RuntimeError):
+    """A requested backend cannot take the problem. The message lists every candidate with its reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What an implementation may object to: `device` "cpu", "cuda", ..; `arch` "avx512", "sm_90", ..; `dtype` "bfloat16"."""
+
+    device: str
+    arch: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.device, self.arch, self.dtype) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to run an op. `why_not(problem)` is None, or a fragment that reads after the name: "needs a GPU"."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[[Problem], str | None]
+
+
+class Op:
+    """An op and its implementations, best first. The last one, `reference`, takes everything."""
+
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.implementations = implementations
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        _ops[name] = self
+
+    def pick(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+        """The implementation for problems on `tensor`'s device, in `dtype` (default: the tensor's)."""
+        key = (tensor.device, dtype or tensor.dtype, _requests.get(self.name), _requests.get("*"))
+        run = self._chosen.get(key)
+        if run is None:
+            run = self._chosen[key] = self.choose(problem_of(tensor, dtype)).run
+        return run
+
+    def choose(self, problem: Problem) -> Implementation:
+        """The implementation that takes `problem` under the requests in force."""
+        wanted = _requests.get(self.name) or _requests.get("*")
+        if wanted is not None:
+            for implementation in self.implementations:
+                if implementation.name == wanted and implementation.why_not(problem) is None:
+                    return implementation
+            raise BackendError(self._refusal(wanted, problem))
+        for implementation in self.implementations:
+            reason = implementation.why_not(problem)
+            if reason is None:
+                logger.info("%s runs on `%s` for %s", self.name, implementation.name, problem)
+                return implementation
+            logger.debug("%s: `%s` %s", self.name, implementation.name, reason)
+        raise BackendError(f"{self.name}: no implementation takes {problem}")
+
+    def candidates(self, problem: Problem) -> list[tuple[str, str | None]]:
+        """(name, objection or None) of every implementation, in order of preference."""
+        return [(implementation.name, implementation.why_not(problem)) for implementation in self.implementations]
+
+    def _refusal(self, wanted: str, problem: Problem) -> str:
+        lines = [f"{self.name}: `{wanted}` was requested and cannot take {problem}:"]
+        names = [name for name, _ in self.candidates(problem)]
+        if wanted not in names:
+            lines.append(f"  {wanted:<10} has no implementation of this op")
+        for name, reason in self.candidates(problem):
+            lines.append(f"  {name:<10} {reason or f'can: FASTLORA_BACKEND={self.name}={name}'}")
+        return "\n".join(lines)
+
+
+def problem_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Problem:
+    """The problem that a call on `tensor` poses."""
+    device = tensor.device.type
+    return Problem(device, arch_of(tensor.device), str(dtype or tensor.dtype).removeprefix("torch."))
+
+
+def arch_of(device: torch.device) -> str:
+    """Instruction set of a CPU ("avx512"), compute capability ("sm_90") or gfx name of a GPU, else ""."""
+    if device.type == "cpu":
+        return _native.cpu_level()
+    if device.type == "cuda":
+        if torch.version.hip:
+            return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return ""
+
+
+def why_not_cpu(problem: Problem) -> str | None:
+    """Objections of the compiled CPU kernels, common to every op."""
+    if problem.device != "cpu":
+        return f"needs CPU tensors; these are on {problem.device}"
+    if problem.dtype not in FLOATS:
+        return f"has {', '.join(FLOATS)}; this is {problem.dtype}"
+    return _native.why_not()
+
+
+def always(problem: Problem) -> str | None:
+    """The reference takes every problem."""
+    return None
+
+
+def all_ops() -> tuple[Op, ...]:
+    """Every op of the library, in the order of its definition."""
+    import pyfastlora.ops  # noqa: F401  (defines them)
+
+    return tuple(_ops.values())
+
+
+@contextlib.contextmanager
+def backend(spec: str) -> Iterator[None]:
+    """Request backends for the calls inside: "reference", or per op "glu_forward=cpu,dequant_4bit=reference".
+
+    "auto" lifts the requests in force. Process-wide, because autograd runs backward passes on threads of its own.
+    """
+    global _requests
+    before = _requests
+    _requests = parse_requests(spec)
+    try:
+        yield
+    finally:
+        _requests = before
+
+
+def parse_requests(spec: str) -> dict[str, str]:
+    """{"*" or op name: backend} from "cpu" or "glu_forward=cpu,dequant_4bit=reference"; raises ValueError."""
+    requests: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in spec.split(","))):
+        op, _, name = item.rpartition("=")
+        if name == "auto":
+            continue
+        if name not in BACKENDS:
+            raise ValueError(f"backend {name!r} in {spec!r}: choose one of auto, {', '.join(BACKENDS)}")
+        requests[op or "*"] = name
+    if _ops and (unknown := [op for op in requests if op != "*" and op not in _ops]):
+        raise ValueError(f"backend {spec!r}: no op named {', '.join(unknown)}; there are {', '.join(_ops)}")
+    return requests
+
+
+_ops: dict[str, Op] = {}
+_requests: dict[str, str] = parse_requests(os.environ.get("FASTLORA_BACKEND", ""))

@@ -1,0 +1,57 @@
+"""lora_shrink: activations down to the rank, `scale * D(x) A^T`, without widening or dropping out a copy of x.
+
+Sums are float32 (float64 for float64 inputs) whatever the dtypes of x and of the factor. Source: Hu et al. 2021; the
+name is the field's (Punica, Chen et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
+from pyfastlora.ops.dropout_mask import DropoutMask
+
+
+def lora_shrink(
+    x: Tensor, a: Tensor, *, transposed: bool = False, mask: DropoutMask | None = None, scale: float = 1.0
+) -> Tensor:
+    """scale * D(x) a^T [T, R], in float32 (float64 for float64 x).
+
+    x [T, I] float, packed columns; a [R, I], or [I, R] when `transposed`, of any float dtype; mask of x's shape. New
+    tensor. Raises ValueError when a does not fit x.
+    """
+    inner = a.shape[0 if transposed else 1]
+    if x.dim() != 2 or x.shape[1] != inner:
+        raise ValueError(f"lora_shrink: x must be [T, {inner}] for a factor of {list(a.shape)}; got {list(x.shape)}")
+    return OP.pick(x)(x, a, transposed, mask, scale)
+
+
+def lora_shrink_many(x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """x A_i^T for several factors [R_i, I] in one pass over x."""
+    if len(factors) == 1:
+        return [lora_shrink(x, factors[0])]
+    # Stacked in the widest dtype: rounding a factor down to its neighbour's would change it.
+    dtype = max((factor.dtype for factor in factors), key=lambda dtype: dtype.itemsize)
+    stacked = torch.cat([factor.to(dtype) for factor in factors])
+    return list(lora_shrink(x, stacked).split([len(factor) for factor in factors], dim=1))
+
+
+def reference(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale: float) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, factor = x.to(wide), a.to(wide)
+    if mask is not None:
+        rows = rows * mask.unpack(x.shape[1], wide)
+    return (rows @ (factor if transposed else factor.t())) * scale
+
+
+def cpu(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale: float) -> Tensor:
+    out = torch.empty(x.shape[0], a.shape[1 if transposed else 0], dtype=torch.float32)
+    bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
+    torch.ops.pyfastlora.lora_shrink(x, a, transposed, bits, mask_scale, scale, out)
+    return out
+
+
+OP = Op("lora_shrink", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
