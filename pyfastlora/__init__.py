@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyfastlora import ops as ops
     from pyfastlora.ops._registry import backend as backend
-    from pyfastlora.patching import PatchReport as PatchReport
-    from pyfastlora.patching import patch as patch
-    from pyfastlora.patching import report as report
-    from pyfastlora.patching import unpatch as unpatch
+    from pyfastlora.patching.apply import patch as patch
+    from pyfastlora.patching.apply import report as report
+    from pyfastlora.patching.apply import unpatch as unpatch
+    from pyfastlora.patching.report import PatchReport as PatchReport
 
 __version__ = "0.1.0"
 

@@ -106,17 +106,20 @@ def find_compiler() -> Compiler | None:
 
 
 def cache_dirs() -> list[Path]:
-    """The cache, then the one that stands in for it where it cannot be written."""
+    """The cache, then one that is private to the user, for when the first cannot be written."""
     if named := os.environ.get("FASTLORA_CACHE"):
         cache = Path(named)
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pyfastlora"
-    return [cache.absolute(), Path(tempfile.gettempdir()) / f"pyfastlora-{os.getuid()}"]
+    try:
+        return [cache.absolute(), Path(tempfile.gettempdir()) / f"pyfastlora-{os.getuid()}"]
+    except FileNotFoundError:  # no directory for temporary files can be written either
+        return [cache.absolute()]
 
 
 def distrust(path: Path) -> str | None:
     """Why nothing under `path` may be loaded, or None. Root is trusted, as it can replace anything anyway."""
-    if path.is_symlink() and path.parent == Path(tempfile.gettempdir()):
+    if path.is_symlink() and path.parent.stat().st_mode & stat.S_IWOTH:
         return f"{path} is a link in a directory where anybody can make one"
     found = path.stat()
     if not stat.S_ISDIR(found.st_mode):

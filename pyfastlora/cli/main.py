@@ -11,7 +11,7 @@ from pyfastlora import __version__
 
 # Each name is also that of the module pyfastlora.cli.<verb> and of the command in it.
 VERBS = {
-    "train": "Fine-tune a model as a YAML file says.",
+    "train": "Train an adapter as a YAML file describes it.",
     "quickstart": "See it work: a small model, real text, a few minutes.",
     "build": "Compile the kernels ahead of their first use.",
     "info": "Show what runs on this machine, and why the rest does not.",
