@@ -1,0 +1,305 @@
+"""Reads a configuration file: YAML and --set in, a Config out, or every mistake at once with its line.
+
+A message is `cfg.yaml:12: micro_batchsize: unknown key; did you mean micro_batch_size?`: where, which key,
+what was needed, what was found. A value given by --set has no line; `--set` stands where the file would.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pyfastlora.trainer import yaml_lines
+from pyfastlora.trainer.config import RULES, Config
+from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED, is_off
+from pyfastlora.trainer.errors import ConfigError
+
+# What each of pydantic's error types means to someone who writes YAML.
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_too_short": "text that is not empty",
+    "too_short": "a list of at least {min_length}",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration with what belongs beside it: the file's own text, its name, and notes for the user."""
+
+    config: Config
+    text: str
+    name: str
+    notes: tuple[str, ...]
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> LoadedConfig:
+    """The configuration in the YAML file `path`, changed by overrides of the form key=value.
+
+    Keys may be dotted and indexed (datasets[0].path); values are read as YAML. Raises ConfigError that
+    lists every problem: not a file, not YAML, unknown keys, values of the wrong type, keys that contradict
+    each other.
+    """
+    name, text = str(path), _read(Path(path))
+    located = yaml_lines.parse(text, name)
+    values = {} if located.values is None else located.values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name}: must be a mapping of keys to values; got {_show(values)}")
+    reader = _Reading(name, values, dict(located.lines))
+    for override in overrides:
+        reader.override(override)
+    config = reader.config()
+    return LoadedConfig(config, text, name, tuple(reader.notes))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: must be UTF-8 text; byte {error.start} is not") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class _Reading:
+    """The values of one file on their way to a Config, with what is wrong and worth noting so far."""
+
+    def __init__(self, name: str, values: dict[str, Any], lines: dict[yaml_lines.Path, int]) -> None:
+        self.name, self.values, self.lines = name, values, lines
+        self.overridden: set[yaml_lines.Path] = set()
+        self.problems: list[tuple[int, str]] = []
+        self.notes: list[str] = []
+
+    def where(self, path: yaml_lines.Path) -> tuple[int, str]:
+        """The line of the innermost written part of path (0: none), and how to name it."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.overridden:
+                return 0, "--set"
+            if path[:end] in self.lines:
+                return self.lines[path[:end]], f"{self.name}:{self.lines[path[:end]]}"
+        return 0, self.name
+
+    def problem(self, path: yaml_lines.Path, sentence: str) -> None:
+        line, where = self.where(path)
+        found = (line, f"{where}: {sentence}")
+        if found not in self.problems:  # each member of a union complains
+            self.problems.append(found)
+
+    def override(self, text: str) -> None:
+        key, equals, value = text.partition("=")
+        path = _parse_path(key.strip())
+        if not equals or path is None:
+            raise ConfigError(f"--set {text}: must be key=value, for instance --set learning_rate=1e-4")
+        target: Any = self.values
+        for i, part in enumerate(path):
+            if isinstance(part, int):
+                if not isinstance(target, list) or part >= len(target):
+                    raise ConfigError(f"--set {key}: {_spell(path[:i])} has no entry {part}")
+            elif not isinstance(target, dict):
+                raise ConfigError(f"--set {key}: {_spell(path[:i])} has no keys")
+            if i == len(path) - 1:
+                target[part] = yaml_lines.parse_scalar(value, f"--set {key}")
+            elif isinstance(part, str):
+                if target.get(part) is None:
+                    target[part] = {}
+                target = target[part]
+            else:
+                target = target[part]
+        self.overridden.add(path)
+
+    def config(self) -> Config:
+        self._foreign_keys()
+        self._drop_blank_keys()
+        strict = self.values.get("strict", True) is not False
+        config, bad = self._fields(strict)
+        if config is not None:
+            for rule in RULES:
+                for keys, sentence in rule(config):
+                    if not bad.intersection(_parse_path(k)[0] for k in keys):  # type: ignore[index]
+                        self._conflict(keys, sentence)
+        if self.problems:
+            raise ConfigError(
+                "\n".join(sentence for _, sentence in sorted(self.problems, key=lambda p: p[0]))
+            )
+        assert config is not None
+        return config
+
+    def _foreign_keys(self) -> None:
+        for key in [k for k in self.values if k in REFUSED or k in EXPLAINED]:
+            value = self.values.pop(key)
+            if is_off(value):
+                continue
+            if key in EXPLAINED:
+                self.notes.append(f"{key}: {EXPLAINED[key]}")
+            else:
+                self.problem((key,), f"{key}: {_show(value)} cannot be had: {REFUSED[key]}")
+
+    def _drop_blank_keys(self) -> None:
+        for key in [k for k, v in self.values.items() if v is None and k in Config.model_fields]:
+            del self.values[key]  # `key:` with nothing behind it means its default, as in Axolotl
+
+    def _fields(self, strict: bool) -> tuple[Config | None, set[str | int]]:
+        """The Config and the top-level keys that were wrong.
+
+        What was wrong is left out, so that the rules between keys can still be checked for the rest.
+        """
+        values, bad = dict(self.values), set[str | int]()
+        try:
+            return Config.model_validate(values), bad
+        except ValidationError as error:
+            for e in error.errors(include_url=False):
+                self._field_problem(e, strict)
+                bad.add(e["loc"][0])
+                values.pop(str(e["loc"][0]), None)
+        for key, field in Config.model_fields.items():
+            if field.is_required() and key in bad:
+                values[key] = _PLACEHOLDERS[key]
+        try:
+            return Config.model_validate(values), bad
+        except ValidationError:
+            return None, bad
+
+    def _field_problem(self, error: Any, strict: bool) -> None:
+        loc, kind = error["loc"], error["type"]
+        path = loc if kind == "missing" else _written_path(loc, self.values)
+        key = _spell(path)
+        if kind == "extra_forbidden":
+            sentence = f"{key}: unknown key{_suggest(str(path[-1]), _siblings(path))}"
+            if strict or len(path) > 1:
+                self.problem(path, sentence)
+            else:
+                self.notes.append(f"{self.where(path)[1]}: {sentence} (ignored: strict is false)")
+        elif kind == "missing":
+            self.problem(path[:-1], f"{key}: required key is missing")
+        elif kind == "value_error":  # our own validators word the whole condition
+            sentence = str(error["ctx"]["error"])
+            allowed = re.findall(r"[\w.]+", sentence.partition("; got")[0].partition("one of")[2])
+            hint = _suggest(str(error["input"]), allowed)
+            self.problem(
+                path, f"{key} {sentence}{hint}" if sentence.startswith("must") else f"{key}: {sentence}"
+            )
+        else:
+            wanted = _wanted(path, error)
+            allowed = re.findall(r"\w+", wanted) if kind == "literal_error" else []
+            hint = _suggest(str(error["input"]), allowed)
+            self.problem(path, f"{key} must be {wanted}; got {_show(error['input'])}{hint}")
+
+    def _conflict(self, keys: tuple[str, ...], sentence: str) -> None:
+        path = next((p for k in keys if (p := _parse_path(k)) and self.where(p)[1] != self.name), ())
+        self.problem(path or (), sentence)
+
+
+_PLACEHOLDERS = {
+    "base_model": "-",
+    "adapter": "lora",
+    "datasets": [{"path": "-", "type": "completion"}],
+    "learning_rate": 1.0,
+}
+
+
+def _parse_path(text: str) -> yaml_lines.Path | None:
+    """("datasets", 0, "path") from datasets[0].path or datasets.0.path."""
+    if not re.fullmatch(r"\w+(\.\w+|\[\d+\])*", text):
+        return None
+    return tuple(int(p) if p.isdigit() else p for p in re.findall(r"\w+", text))
+
+
+def _spell(path: yaml_lines.Path) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _written_path(loc: tuple[str | int, ...], values: Any) -> yaml_lines.Path:
+    """The part of loc that exists in the file: pydantic appends the members of a union."""
+    path: list[str | int] = []
+    for part in loc:
+        if (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and part in range(len(values))
+        ):
+            values = values[part]  # type: ignore[index]
+            path.append(part)
+        else:
+            break
+    return tuple(path)
+
+
+def _model_at(path: yaml_lines.Path) -> type[BaseModel] | None:
+    """The schema whose keys stand at path."""
+    model: type[BaseModel] | None = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if model else None
+        if field is None:
+            return None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return model
+
+
+def _siblings(path: yaml_lines.Path) -> list[str]:
+    model = _model_at(path[:-1])
+    return list(model.model_fields) if model else []
+
+
+# A value of a union fails once per member; these say what the key takes as a whole.
+_UNIONS = {
+    "bf16": "true, false, auto or full",
+    "tf32": "true, false or auto",
+    "lora_target_modules": "a list of module names, or one regular expression",
+    "data_files": "a file name or a list of them",
+}
+
+
+def _wanted(path: yaml_lines.Path, error: Any) -> str:
+    if path[-1] in _UNIONS:
+        return _UNIONS[str(path[-1])]
+    context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
+    wanted = _WANTED.get(error["type"])
+    return wanted.format(**context).replace("'", "") if wanted else error["msg"].lower()
+
+
+def _suggest(found: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _show(value: Any) -> str:
+    """A value as it stands in YAML, short."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "nothing"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + '..."'

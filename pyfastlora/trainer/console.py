@@ -1,0 +1,63 @@
+"""What a run prints: lines, and progress bars on a terminal.
+
+Bars are for people; where output is piped, the same facts come as lines, so that a log file reads well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Bar:
+    """One running progress bar; a no-op where there is no terminal."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def update(self, completed: float, note: str = "", total: float | None = None) -> None:
+        """Moves the bar to `completed` and shows `note` beside it."""
+        self._progress.update(self._task, completed=completed, note=note, total=total)
+
+
+class Console:
+    """Plain lines to one stream, and bars below them while something runs."""
+
+    def __init__(self, file: TextIO | None = None, quiet: bool = False) -> None:
+        from rich.console import Console as RichConsole
+
+        self._rich = RichConsole(file=file, quiet=quiet, highlight=False, soft_wrap=True)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody watches: bars are drawn then, and lines per step are not needed."""
+        return self._rich.is_terminal
+
+    def say(self, text: str = "", style: str | None = None) -> None:
+        """Prints text as it is: square brackets are not markup."""
+        self._rich.print(text, style=style, markup=False)
+
+    def head(self, text: str) -> None:
+        """Prints a heading."""
+        self.say()
+        self.say(text, style="bold")
+
+    @contextmanager
+    def bar(self, title: str, total: float | None, unit: str = "") -> Iterator[Bar]:
+        """A bar from 0 to total (None: length unknown) for the time of a with block."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._rich, transient=True, disable=not self.is_terminal) as progress:
+            yield Bar(progress, progress.add_task(title, total=total, note=""))

@@ -1,0 +1,184 @@
+"""One training job, from a configuration to a saved adapter.
+
+The order matters: everything that can be wrong is looked at before anything is written. Configuration and
+output folder first (milliseconds), then packages and the model's files, then the data, then the weights;
+the run directory appears when training can start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyfastlora.trainer.config_load import LoadedConfig
+from pyfastlora.trainer.console import Bar, Console
+from pyfastlora.trainer.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from pyfastlora import PatchReport
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job did. The loss is the mean per trained token; kernels is the report, None for plain PEFT."""
+
+    run_dir: RunDir
+    steps: int
+    held_out_loss: float | None
+    tokens_per_second: float
+    kernels: dict[str, Any] | None
+
+
+def train(loaded: LoadedConfig, console: Console) -> Result:
+    """Runs the job. Raises UserError for whatever the user can put right."""
+    config = loaded.config
+    run_dir = RunDir(config.output_dir)
+    run_dir.check()
+    for note in loaded.notes:
+        console.say(f"note: {note}")
+    with libraries_quiet():
+        return _run(loaded, run_dir, console)
+
+
+def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
+    from transformers import set_seed
+
+    import pyfastlora
+    from pyfastlora.trainer import model as models
+    from pyfastlora.trainer.data.prepare import prepare
+    from pyfastlora.trainer.precision import device_of_run, resolve_precision
+    from pyfastlora.trainer.training import make_trainer
+
+    config = loaded.config
+    device = device_of_run()
+    precision = resolve_precision(config, device)
+    models.check_packages(config)
+    models.check_base_model(config)
+    tokenizer = models.load_tokenizer(config)
+    with console.bar("tokenising", None, "rows") as bar:
+        data = prepare(config, tokenizer, bar.update)
+    for line in data.lines():
+        console.say(line)
+
+    set_seed(config.seed)  # before the adapter draws its A
+    base = models.load_base(config, precision, device)
+    model = models.add_adapter(base, config, precision, tokenizer)
+    trained, total = models.count_parameters(model)
+    console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
+    console.say(f"{device}, {precision}")
+    report = pyfastlora.patch(model) if config.fastlora else None
+    console.say(str(report) if report is not None else "fastlora: false: every module runs PEFT's forward")
+
+    run_dir.create(loaded)
+    kernels = _save_kernels(run_dir, report)
+    run_dir.write_json("data.json", data.report)
+    run_dir.log(
+        "start", {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
+    )
+    progress = _Progress(run_dir, console)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    trainer = make_trainer(model, data, config, precision, device, pad_id, progress)
+    started = time.perf_counter()
+    with progress.shown():
+        trainer.restart_clock()
+        trainer.train()
+        if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+    # trained embeddings are in modules_to_save; the default would add the frozen copy and ask the hub
+    model.save_pretrained(str(run_dir.path), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(run_dir.path))
+    if report is not None:
+        kernels = _save_kernels(run_dir, pyfastlora.report(model))  # with the calls of the run
+    result = Result(
+        run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
+    )
+    run_dir.log("end", {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)})
+    console.say(
+        f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; adapter saved in {run_dir.path}"
+    )
+    return result
+
+
+def _save_kernels(run_dir: RunDir, report: PatchReport | None) -> dict[str, Any] | None:
+    if report is None:
+        return None
+    kernels = report.to_dict()
+    run_dir.write_json("kernels.json", kernels)
+    run_dir.write_text("kernels.txt", f"{report}\n")
+    return kernels
+
+
+class _Progress:
+    """Listener of a job: log.jsonl always; a bar on a terminal, a line per logged step elsewhere."""
+
+    def __init__(self, run_dir: RunDir, console: Console) -> None:
+        self._run_dir, self._console = run_dir, console
+        self._total: int | None = None
+        self._bar: Bar | None = None
+        self._tokens = self._seconds = 0.0
+        self.held_out_loss: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole run, evaluations left out."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows the bar for the time of a with block."""
+        with self._console.bar("training", None, "steps") as self._bar:
+            yield
+
+    def started(self, total_steps: int) -> None:
+        self._total = total_steps
+        self.stepped(0)
+
+    def stepped(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(step, total=self._total)
+
+    def logged(self, event: str, values: dict[str, Any]) -> None:
+        self._run_dir.log(event, values)
+        if event == "eval":
+            self.held_out_loss = values["eval_loss"]
+            self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
+            return
+        self._tokens += values["tokens"]
+        self._seconds += values["seconds"]
+        text = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}"
+        text += f", {values['tokens_per_second']:.0f} tokens/s"
+        if self._console.is_terminal and self._bar is not None:
+            self._bar.update(values["step"], text)
+        else:
+            self._console.say(f"step {values['step']}/{self._total}: {text}")
+
+
+@contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Keeps bars and warnings of transformers and datasets out of the output; errors still come through."""
+    import datasets
+    import transformers
+
+    log, bnb_log = transformers.utils.logging, logging.getLogger("bitsandbytes")
+    verbosity, bnb_level, bars = log.get_verbosity(), bnb_log.level, log.is_progress_bar_enabled()
+    no_datasets_bars = datasets.are_progress_bars_disabled()
+    log.set_verbosity_error()
+    bnb_log.setLevel(logging.ERROR)
+    log.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        bnb_log.setLevel(bnb_level)
+        if bars:
+            log.enable_progress_bar()
+        if not no_datasets_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,219 @@
+"""The base model, its tokenizer and the adapter, as a configuration asks for them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pyfastlora.trainer.config import BNB_OPTIMIZERS, Config
+from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.precision import Precision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+CPU_4BIT_WIDTH = 64  # bitsandbytes' CPU kernels read a weight's rows in blocks of this many columns
+
+
+def check_packages(config: Config) -> None:
+    """Raises UserError where the configuration needs a package that is not installed."""
+    wants = "adapter: qlora" if config.quantised else f"optimizer: {config.optimizer}"
+    needed = config.quantised or config.optimizer in BNB_OPTIMIZERS
+    if needed and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
+
+
+def check_base_model(config: Config) -> None:
+    """Raises UserError where base_model is plainly not there or has no weights, before anything is loaded."""
+    name, folder = config.base_model, Path(os.path.expanduser(config.base_model))
+    if not folder.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise UserError(f"base_model: {name}: no such folder (looked in {Path.cwd()})")
+        return  # perhaps a model of the hub; loading it tells
+    if not folder.is_dir():
+        raise UserError(f"base_model: {name} is a file; give the folder that holds the model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"base_model: {name} has no config.json; it holds {_listing(folder)}")
+    if not any(f for pattern in WEIGHT_FILES for f in folder.glob(pattern)):
+        raise UserError(
+            f"base_model: {name} has no weights (model.safetensors or pytorch_model.bin); "
+            f"it holds {_listing(folder)}"
+        )
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer with special_tokens and tokens applied. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    source = config.tokenizer_config or config.base_model
+    key = "tokenizer_config" if config.tokenizer_config else "base_model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            os.path.expanduser(source),
+            revision=None if config.tokenizer_config else config.revision_of_model,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{key}: no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+    special = {role: token for role, token in config.special_tokens.model_dump().items() if token is not None}
+    if special:
+        tokenizer.add_special_tokens(special)
+    if config.tokens:
+        tokenizer.add_tokens(config.tokens)
+    return tokenizer
+
+
+def load_base(config: Config, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """The frozen base on device, dense or 4-bit. Raises UserError where it cannot be loaded."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {"dtype": precision.base, "trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation:
+        arguments["attn_implementation"] = config.attn_implementation
+    if config.revision_of_model:
+        arguments["revision"] = config.revision_of_model
+    if config.quantised:
+        arguments |= {"quantization_config": _bnb_config(config, precision), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"base_model: {config.base_model} cannot be loaded: {_first_line(error)}") from error
+    if config.quantised and device.type == "cpu":
+        _make_4bit_trainable_on_cpu(model, config.base_model)
+    model.config.use_cache = False
+    return model if config.quantised else model.to(device)  # type: ignore[arg-type]
+
+
+def add_adapter(
+    model: PreTrainedModel, config: Config, precision: Precision, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """The base with a fresh adapter, ready to train: everything else frozen.
+
+    Raises ConfigError where the target modules or modules to save are not there, or where the tokenizer has
+    tokens that the embeddings lack and nobody trains.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _fit_embeddings(model, config, tokenizer)
+    _check_names(model, config.lora_modules_to_save, "lora_modules_to_save")
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only ever divides by it
+        lora_dropout=config.lora_dropout,
+        target_modules=_targets(model, config),
+        modules_to_save=config.lora_modules_to_save or None,
+        use_dora=config.peft_use_dora,
+        use_rslora=config.peft_use_rslora,
+    )
+    adapted = get_peft_model(model, lora, autocast_adapter_dtype=precision.adapter == torch.float32)
+    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs.use_reentrant:
+        adapted.enable_input_require_grads()  # else the first checkpoint has no input that needs a gradient
+    return adapted
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained values, and those of the whole model; a 4-bit weight counts as the values it stands for."""
+    trained = total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        n = p.numel() if state is None else state.shape.numel()
+        total += n
+        trained += n if p.requires_grad else 0
+    return trained, total
+
+
+def _bnb_config(config: Config, precision: Precision) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    kwargs = config.bnb_config_kwargs
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kwargs.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=kwargs.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=kwargs.bnb_4bit_compute_dtype or precision.base,
+        bnb_4bit_quant_storage=kwargs.bnb_4bit_quant_storage,
+    )
+
+
+def _make_4bit_trainable_on_cpu(model: nn.Module, name: str) -> None:
+    """Keeps bitsandbytes from repacking weights when it evaluates: a repacked base passes no gradient on."""
+    import bitsandbytes as bnb
+
+    for path, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit) and isinstance(module.in_features, int):
+            if module.in_features % CPU_4BIT_WIDTH:
+                raise UserError(
+                    f"base_model: on a CPU, 4-bit weights need inputs in multiples of {CPU_4BIT_WIDTH}; "
+                    f"{path} of {name} has {module.in_features}: use adapter: lora"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
+def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
+    if name not in config.lora_modules_to_save:
+        raise ConfigError(
+            f"lora_modules_to_save: the tokenizer has {len(tokenizer)} tokens, {config.base_model} has "
+            f"embeddings for {rows}; add {name} and the output head, so that the rest is trained and saved"
+        )
+    model.resize_token_embeddings(len(tokenizer))
+
+
+def _targets(model: nn.Module, config: Config) -> list[str] | str:
+    listed = config.lora_target_modules
+    if isinstance(listed, str):
+        if not any(re.fullmatch(listed, name) for name, _ in model.named_modules()):
+            raise ConfigError(f"lora_target_modules: no module of {config.base_model} matches {listed!r}")
+        return listed
+    _check_names(model, listed or [], "lora_target_modules")
+    if not config.lora_target_linear:
+        return listed or []
+    return sorted({*(listed or []), *_linear_names(model)}) if listed else "all-linear"
+
+
+def _check_names(model: nn.Module, wanted: Sequence[str], key: str) -> None:
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
+    for name in wanted:
+        if not any(full == name or full.endswith(f".{name}") for full, _ in model.named_modules()):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"; did you mean {close[0]}?"
+                if close
+                else f"; linear modules are {', '.join(_linear_names(model))}"
+            )
+            raise ConfigError(f"{key}: the model has no module called {name}{hint}")
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last names of all linear modules but the output head, as PEFT's all-linear has them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return sorted(
+        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    )
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(f.name for f in folder.iterdir())
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].strip()

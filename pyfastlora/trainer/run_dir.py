@@ -1,0 +1,124 @@
+"""The run directory: what was asked, on what machine, what happened, and the adapter.
+
+config.original.yaml   the file as the user wrote it
+config.resolved.yaml   every key with the value it had; `fastlora train` runs it again
+env.json               versions, machine, command line
+data.json              rows, samples, tokens per dataset
+kernels.json, .txt     which modules were fused, and why the others were not
+log.jsonl              one JSON object per event: start, train, eval, end
+adapter_*              the adapter in PEFT's format, with the tokenizer beside it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pyfastlora.trainer.config_load import LoadedConfig
+from pyfastlora.trainer.errors import ConfigError
+
+_PACKAGES = (
+    *("pyfastlora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"),
+    *("tokenizers", "safetensors", "triton", "numpy"),
+)
+
+
+class RunDir:
+    """The folder of one run: `check` it before anything is loaded, `create` it when training starts."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(os.path.expanduser(path))
+
+    def check(self) -> None:
+        """Raises ConfigError where the folder is used already or cannot be written; leaves nothing behind."""
+        if self.path.is_dir():
+            used = sorted(f.name for f in self.path.iterdir())
+            if used:
+                more = ", ..." if len(used) > 3 else ""
+                raise ConfigError(
+                    f"output_dir: {self.path} is not empty (it holds {', '.join(used[:3])}{more}); "
+                    "choose another with --set output_dir=PATH, or empty it to start over"
+                )
+        try:
+            made = self._make()
+            tempfile.TemporaryFile(dir=self.path).close()
+            for folder in reversed(made):
+                folder.rmdir()
+        except OSError as error:
+            raise ConfigError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+
+    def create(self, loaded: LoadedConfig) -> None:
+        """Makes the folder and writes what is known before the first step."""
+        self.check()
+        self._make()
+        (self.path / "config.original.yaml").write_text(loaded.text, encoding="utf-8")
+        resolved = yaml.safe_dump(
+            loaded.config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True
+        )
+        (self.path / "config.resolved.yaml").write_text(resolved, encoding="utf-8")
+        self.write_json("env.json", environment())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes value to a file of the run, in one step: a reader sees the old content or the new."""
+        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes text to a file of the run, in one step."""
+        fresh = self.path / f".{name}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(self.path / name)
+
+    def log(self, event: str, values: Mapping[str, Any]) -> None:
+        """Appends one line to log.jsonl. Numbers that JSON lacks (nan, inf) are written as text."""
+        line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        line |= {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+
+    def read_log(self, event: str) -> list[dict[str, Any]]:
+        """The lines of log.jsonl of one event, in order."""
+        lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [values for line in lines if (values := json.loads(line))["event"] == event]
+
+    def _make(self) -> list[Path]:
+        """Makes the folder and its parents; returns those that were not there, outermost first."""
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()][::-1]
+        self.path.mkdir(parents=True, exist_ok=True)
+        return missing
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line, to reproduce a run or to paste into a report."""
+    import torch
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "packages": {name: version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "command": sys.argv,
+        "environment": {
+            k: v for k, v in os.environ.items() if k.startswith(("FASTLORA_", "OMP_", "CUDA_VISIBLE"))
+        },
+    }

@@ -1,0 +1,207 @@
+"""The configuration: what is read, what is refused, and that every mistake is named with its line at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyfastlora.trainer.config import Config
+from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED
+from pyfastlora.trainer.config_load import load_config
+from pyfastlora.trainer.errors import ConfigError
+
+GOOD = """\
+base_model: ./model
+datasets:
+  - path: data.jsonl
+    type: alpaca
+adapter: lora
+lora_target_linear: true
+learning_rate: 1e-4
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *overrides: str):
+        Path("cfg.yaml").write_text(text)
+        return load_config("cfg.yaml", overrides)
+
+    return run
+
+
+@pytest.fixture
+def mistakes(load):
+    def run(text: str, *overrides: str) -> list[str]:
+        with pytest.raises(ConfigError) as error:
+            load(text, *overrides)
+        assert error.value.exit_code == 2
+        return str(error.value).splitlines()
+
+    return run
+
+
+def test_defaults_and_types(load):
+    config = load(GOOD).config
+    assert config.learning_rate == 1e-4 and config.bf16 == "auto" and config.fastlora is True
+    assert config.datasets[0].split == "train" and config.output_dir == "./model-out"
+
+
+def test_blank_keys_have_their_defaults(load):
+    config = load(GOOD + "lora_dropout:\nval_set_size:\nspecial_tokens:\nwandb_project:\n").config
+    assert config.lora_dropout == 0 and config.special_tokens.pad_token is None
+
+
+def test_words_for_booleans(load):
+    assert load(GOOD + "train_on_inputs: yes\nsave_strategy: no\n").config.train_on_inputs is True
+
+
+def test_resolved_config_reads_back_the_same(load):
+    config = load(
+        GOOD + "adam_epsilon: 1e-8\nval_set_size: 0.1\nbf16: full\nspecial_tokens: {pad_token: x}\n"
+    ).config
+    again = load(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)).config
+    assert again == config
+
+
+def test_all_mistakes_at_once_with_their_lines(mistakes):
+    found = mistakes(
+        GOOD
+        + "micro_batchsize: 3\nlora_r: sixteen\nlora_alpha: true\nbf16: maybe\n"
+        + "warmup_steps: 3\nwarmup_ratio: 0.1\n"
+        + "max_steps: 0\nspecial_tokens: {padd_token: x}\n"
+    )
+    assert found == [
+        "cfg.yaml:8: micro_batchsize: unknown key; did you mean micro_batch_size?",
+        'cfg.yaml:9: lora_r must be a whole number; got "sixteen"',
+        "cfg.yaml:10: lora_alpha must be a number; got true",
+        'cfg.yaml:11: bf16 must be true, false, auto or full; got "maybe"',
+        "cfg.yaml:12: warmup_steps and warmup_ratio say the same in two ways; keep one",
+        "cfg.yaml:14: max_steps must be greater than 0; got 0",
+        "cfg.yaml:15: special_tokens.padd_token: unknown key; did you mean pad_token?",
+    ]
+
+
+def test_missing_keys(mistakes):
+    assert mistakes("datasets:\n  - pth: x\n    type: alpacca\nadapter: lora\n") == [
+        "cfg.yaml: base_model: required key is missing",
+        "cfg.yaml: learning_rate: required key is missing",
+        "cfg.yaml:2: datasets[0].path: required key is missing",
+        "cfg.yaml:2: datasets[0].pth: unknown key; did you mean path?",
+        "cfg.yaml:3: datasets[0].type must be one of alpaca, completion; got 'alpacca'; did you mean alpaca?",
+        "cfg.yaml:4: nothing to adapt: set lora_target_linear: true, or list lora_target_modules",
+    ]
+
+
+@pytest.mark.parametrize(
+    "extra, sentence",
+    [
+        ("load_in_4bit: true", "cfg.yaml:8: load_in_4bit: true goes with adapter: qlora; got adapter: lora"),
+        ("fp16: true\nbf16: true", "cfg.yaml:9: bf16 and fp16 exclude each other; keep one"),
+        ("eval_steps: 5", "cfg.yaml:8: eval_steps needs data to evaluate: set val_set_size or test_datasets"),
+        ("val_set_size: 1.5", "val_set_size is a share below 1 or a whole number of samples; got 1.5"),
+        (
+            "save_steps: 5\nsaves_per_epoch: 2",
+            "cfg.yaml:8: save_steps and saves_per_epoch say the same in two ways",
+        ),
+        ("save_strategy: steps", "cfg.yaml:8: save_strategy: steps needs save_steps or saves_per_epoch"),
+        ("save_strategy: no\nsave_steps: 3", "cfg.yaml:9: save_steps goes with save_strategy: steps; got no"),
+        ("tokens: [a]", "add lora_modules_to_save: [embed_tokens, lm_head]"),
+        ("bnb_config_kwargs: {bnb_4bit_quant_type: fp4}", "bnb_config_kwargs goes with adapter: qlora"),
+        ("optimizer: adamw_hf", "optimizer: 'adamw_hf' no longer exists; adamw_torch takes its place"),
+        ("optimizer: adamw_troch", "got 'adamw_troch'; did you mean adamw_torch?"),
+        ("num_epochs: .inf", "cfg.yaml:8: num_epochs must be a finite number; got inf"),
+        ("lora_dropout: 1", "cfg.yaml:8: lora_dropout must be less than 1; got 1"),
+        ("seed: 1.5", "cfg.yaml:8: seed must be a whole number; got 1.5"),
+        (
+            "lora_target_modules: {a: b}",
+            "must be a list of module names, or one regular expression; got a mapping",
+        ),
+        ("datasets: []", "cfg.yaml:8: datasets: given twice"),
+        (
+            "sample_packing: true",
+            "cfg.yaml:8: sample_packing: true cannot be had: samples are batched with padding",
+        ),
+    ],
+)
+def test_one_mistake(mistakes, extra, sentence):
+    found = mistakes(GOOD + extra + "\n")
+    assert len(found) == 1 and sentence in found[0]
+
+
+def test_4bit_contradiction_names_both_keys(mistakes):
+    text = GOOD.replace("adapter: lora", "adapter: qlora") + "load_in_4bit: false\n"
+    assert mistakes(text)[0].startswith(
+        "cfg.yaml:8: adapter: qlora trains on 4-bit weights; remove load_in_4bit"
+    )
+
+
+def test_field_is_for_completion_only(mistakes):
+    text = GOOD.replace("type: alpaca", "type: alpaca\n    field: body")
+    assert mistakes(text) == ["cfg.yaml:5: field goes with type: completion; got type: alpaca"]
+
+
+def test_strict_false_turns_unknown_keys_into_notes(load):
+    loaded = load(GOOD + "strict: false\nlora_alpa: 3\n")
+    assert loaded.notes == (
+        "cfg.yaml:9: lora_alpa: unknown key; did you mean lora_alpha? (ignored: strict is false)",
+    )
+
+
+def test_foreign_keys_have_a_fate():
+    assert not set(REFUSED) & set(EXPLAINED) and not (set(REFUSED) | set(EXPLAINED)) & set(
+        Config.model_fields
+    )
+
+
+@pytest.mark.parametrize("value", ["", "false", "no", "[]", "0"])
+def test_foreign_keys_that_ask_for_nothing_are_accepted(load, value):
+    assert load(GOOD + "".join(f"{key}: {value}\n" for key in REFUSED)).notes == ()
+
+
+def test_explained_keys_leave_a_note(load):
+    assert any(n.startswith("lora_mlp_kernel: ") for n in load(GOOD + "lora_mlp_kernel: true\n").notes)
+
+
+def test_set_changes_values_by_path(load):
+    config = load(
+        GOOD,
+        "learning_rate=2e-5",
+        "datasets[0].path=b.jsonl",
+        "datasets.0.type=completion",
+        "special_tokens.pad_token=<pad>",
+        "lora_target_modules=[q_proj, v_proj]",
+    ).config
+    assert config.learning_rate == 2e-5 and config.datasets[0].path == "b.jsonl"
+    assert config.special_tokens.pad_token == "<pad>" and config.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_set_mistakes_are_named(mistakes):
+    assert mistakes(GOOD, "lora_rr=3", "learning_rate=fast") == [
+        '--set: learning_rate must be a number; got "fast"',
+        "--set: lora_rr: unknown key; did you mean lora_r?",
+    ]
+    assert "must be key=value" in mistakes(GOOD, "learning_rate")[0]
+    assert mistakes(GOOD, "datasets[3].path=x") == ["--set datasets[3].path: datasets has no entry 3"]
+    assert mistakes(GOOD, "base_model.x=1") == ["--set base_model.x: base_model has no keys"]
+
+
+def test_files_that_are_no_config(mistakes, tmp_path):
+    assert mistakes("- a") == ["cfg.yaml: must be a mapping of keys to values; got a list"]
+    assert len(mistakes("")) == 4
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match="must be UTF-8 text"):
+        load_config(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("examples/*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_valid(path):
+    assert load_config(path).notes == ()
