@@ -53,7 +53,7 @@ class CompileError(Exception):
 @dataclass(frozen=True, slots=True)
 class Compiler:
     command: tuple[str, ...]
-    version: str  # the first line of --version
+    version: str  # the first line of --version; "" if it would not say
 
     def __str__(self) -> str:
         return shlex.join(self.command)
@@ -101,7 +101,7 @@ def find_compiler() -> Compiler | None:
         if shutil.which(command[0]):
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 said = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
-                return Compiler(command, said.stdout.partition("\n")[0].strip())
+                return Compiler(command, "" if said.returncode else said.stdout.partition("\n")[0].strip())
     return None
 
 

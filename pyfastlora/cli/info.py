@@ -89,10 +89,10 @@ def _cache(candidates: list[Path]) -> str:
     for directory in candidates:
         exists = next(path for path in (directory, *directory.parents) if path.exists())
         reason = _jit.distrust(directory) if exists == directory else None
-        if not (exists.is_dir() and os.access(exists, os.W_OK)):
+        if reason is None and not (exists.is_dir() and os.access(exists, os.W_OK)):
             reason = f"{exists} cannot be written"
         if reason is None:
-            return f"{directory}{''.join(f' (not {said})' for said in refused)}"
+            return f"{directory} (and not: {'; '.join(refused)})" if refused else str(directory)
         refused.append(reason)
     return f"none: {'; '.join(refused)}"
 

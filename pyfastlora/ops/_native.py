@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -118,8 +119,10 @@ def _compile(recipe: _jit.Recipe, compiler: _jit.Compiler, directory: Path) -> N
     from torch.utils import cpp_extension
 
     link = [f"-L{path}" for path in cpp_extension.library_paths()]
-    # cpp_extension looks up ninja and the compiler by itself; where it would find others, it is left out.
-    if not cpp_extension.is_ninja_available() or os.environ.get("CXX", "c++") != shlex.join(compiler.command):
+    # cpp_extension looks up ninja and the compiler by itself, and asks the compiler for its version. Where it
+    # would find another one, or no answer, it is left out.
+    same = shlex.split(os.environ.get("CXX", "c++")) == list(compiler.command) and compiler.version
+    if not same or not cpp_extension.is_ninja_available():
         return _jit.compile_directly(recipe, compiler, directory, cpp_extension.include_paths(), link)
     try:
         made = cpp_extension.load(
@@ -133,6 +136,6 @@ def _compile(recipe: _jit.Recipe, compiler: _jit.Compiler, directory: Path) -> N
             is_python_module=False,
             is_standalone=True,
         )
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.SubprocessError) as error:
         raise _jit.CompileError(str(error)) from None
     os.replace(made, directory / recipe.library)
