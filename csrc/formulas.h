@@ -1,7 +1,7 @@
 // Maths shared by every backend: the 4-bit tables, the activations of the GLU and their derivatives.
 //
 // No include guard below the tables: on a CPU this file is included inside the namespace of each instruction set, so
-// that vectors wider than the baseline are not split. M supplies the arithmetic: V, of(constant), one, exp, erf and positive.
+// that vectors wider than the baseline are not split. M supplies the arithmetic: V, of(constant), one, min, exp, erf and positive.
 
 #ifndef FASTLORA_FORMULAS_TABLES
 #define FASTLORA_FORMULAS_TABLES
@@ -26,10 +26,23 @@ struct Activated {
     V value, slope;
 };
 
+// s = sigmoid(x) and 1 - s as e^-x s: subtracting would leave no digits of it where s is nearly 1.
+template <class V>
+struct Sigmoid {
+    V s, complement;
+};
+
+template <class M>
+FASTLORA_INLINE Sigmoid<typename M::V> sigmoid(typename M::V x) {
+    const typename M::V e = M::exp(M::min(-x, M::of(88.0f)));  // finite: infinity times 0 is not 1
+    const typename M::V s = M::one() / (M::one() + e);
+    return {s, e * s};
+}
+
 template <class M>
 FASTLORA_INLINE Activated<typename M::V> silu(typename M::V x) {
-    const typename M::V sigmoid = M::one() / (M::one() + M::exp(-x));
-    return {x * sigmoid, sigmoid * (M::one() + x * (M::one() - sigmoid))};
+    const Sigmoid<typename M::V> g = sigmoid<M>(x);
+    return {x * g.s, g.s * (M::one() + x * g.complement)};
 }
 
 // x Phi(x): the exact GELU, through erf.
@@ -44,9 +57,9 @@ FASTLORA_INLINE Activated<typename M::V> gelu(typename M::V x) {
 template <class M>
 FASTLORA_INLINE Activated<typename M::V> gelu_tanh(typename M::V x) {
     const typename M::V k = M::of(1.5957691216057308f), c = M::of(0.044715f), x2 = x * x;
-    const typename M::V sigmoid = M::one() / (M::one() + M::exp(-k * x * (M::one() + c * x2)));
+    const Sigmoid<typename M::V> g = sigmoid<M>(k * x * (M::one() + c * x2));
     const typename M::V du = k * (M::one() + M::of(3.0f) * c * x2);
-    return {x * sigmoid, sigmoid + x * sigmoid * (M::one() - sigmoid) * du};
+    return {x * g.s, g.s + x * g.s * g.complement * du};
 }
 
 template <class M>

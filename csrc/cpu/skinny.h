@@ -7,7 +7,9 @@
 
 namespace fastlora::FASTLORA_LEVEL {
 
-constexpr int64_t depth_block = 256;  // columns of x in flight: 8 rows of them are 8 KB, the factor's block 16 KB at r = 16
+// Columns of x in flight, and the longest chain of float32 additions: at 256 the error is 2.5e-7, at 64 half of that, as
+// small as the vendor's.
+constexpr int64_t depth_block = 64;
 constexpr int row_tile = 8;
 constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 

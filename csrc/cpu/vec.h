@@ -197,6 +197,7 @@ struct Math {
     using V = vf;
     FASTLORA_INLINE vf of(float value) { return splat(value); }
     FASTLORA_INLINE vf one() { return splat(1.0f); }
+    FASTLORA_INLINE vf min(vf a, vf b) { return a > b ? b : a; }  // NaN in a goes through
     FASTLORA_INLINE vf exp(vf x) { return vexp(x); }
     FASTLORA_INLINE vf erf(vf x) { return verf(x); }
     // value where x > 0, 0 elsewhere; NaN in x goes through, as torch's relu lets it.

@@ -45,7 +45,7 @@ def pack(keep: Tensor) -> Tensor:
     padded = torch.zeros(rows, (cols + 15) // 16 * 16, dtype=torch.uint8, device=keep.device)
     padded[:, :cols] = keep
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=keep.device)
-    return (padded.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(rows, padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def reference(x: Tensor, keep: float) -> Tensor:

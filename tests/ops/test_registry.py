@@ -1,0 +1,97 @@
+"""What could break: a request that quietly becomes another backend, a refusal without reasons, requests that outlive their block."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyfastlora.ops import BackendError, Problem, all_ops, backend, glu_forward
+from pyfastlora.ops._registry import Implementation, Op, always, parse_requests
+
+CPU_BF16 = Problem("cpu", "avx512", "bfloat16")
+
+
+@pytest.fixture
+def op():
+    calls = []
+    made = Op(
+        "test_op",
+        Implementation("gpu", lambda x: calls.append("gpu"), lambda p: f"needs a GPU; this is {p.device}"),
+        Implementation("cpu", lambda x: calls.append("cpu"), lambda p: None if p.dtype != "float64" else "has no float64"),
+        Implementation("reference", lambda x: calls.append("reference"), always),
+    )
+    made.calls = calls
+    yield made
+    from pyfastlora.ops import _registry
+
+    del _registry._ops["test_op"]
+
+
+def test_the_first_without_an_objection_runs(op):
+    assert op.choose(CPU_BF16).name == "cpu"
+    assert op.choose(Problem("cpu", "avx512", "float64")).name == "reference"
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        x = torch.zeros(1, dtype=dtype)
+        op.pick(x)(x)
+    assert op.calls == ["cpu", "reference", "cpu"]
+
+
+def test_a_request_holds_inside_its_block_only(op):
+    x = torch.zeros(1)
+    with backend("reference"):
+        op.pick(x)(x)
+        with backend("test_op=cpu"):
+            op.pick(x)(x)
+        op.pick(x)(x)
+    op.pick(x)(x)
+    assert op.calls == ["reference", "cpu", "reference", "cpu"]
+
+
+def test_a_request_that_cannot_be_met_names_every_candidate(op):
+    with backend("gpu"), pytest.raises(BackendError) as refused:
+        op.pick(torch.zeros(1))
+    text = str(refused.value)
+    assert "test_op: `gpu` was requested and cannot take cpu" in text
+    assert "gpu        needs a GPU; this is cpu" in text
+    assert "cpu        can: FASTLORA_BACKEND=test_op=cpu" in text
+    with backend("triton"), pytest.raises(BackendError, match="triton     has no implementation of this op"):
+        op.pick(torch.zeros(1))
+    with backend("cpu"), pytest.raises(BackendError, match="cpu        has no float64"):
+        op.pick(torch.zeros(1, dtype=torch.float64))
+
+
+def test_requests_are_parsed_strictly():
+    assert parse_requests("cpu") == {"*": "cpu"}
+    assert parse_requests("glu_forward=reference, dequant_4bit=cpu") == {"glu_forward": "reference", "dequant_4bit": "cpu"}
+    assert parse_requests("auto") == parse_requests("") == {}
+    with pytest.raises(ValueError, match="backend 'cuda'.*choose one of auto, gpu, triton, cpu, reference"):
+        parse_requests("cuda")
+    with pytest.raises(ValueError, match="no op named glu_foward"):
+        parse_requests("glu_foward=cpu")
+
+
+def test_every_op_has_a_reference_and_compiled_cpu_kernels():
+    for op in all_ops():
+        assert [reason for _, reason in op.candidates(CPU_BF16)] == [None, None], op.name
+        assert [name for name, _ in op.candidates(CPU_BF16)] == ["cpu", "reference"]
+        assert op.candidates(Problem("cpu", "avx512", "float64"))[0][1] == "has float16, bfloat16, float32; this is float64"
+
+
+def test_the_environment_variable_is_a_request():
+    code = (
+        "import torch; from pyfastlora.ops import all_ops, Problem, glu_forward\n"
+        "print({op.name: op.choose(Problem('cpu', '', 'float32')).name for op in all_ops()})"
+    )
+    env = {**os.environ, "FASTLORA_BACKEND": "reference,glu_forward=cpu"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    chosen = eval(out)
+    assert chosen.pop("glu_forward") == "cpu" and set(chosen.values()) == {"reference"}
+
+
+def test_traces_without_a_graph_break():
+    torch._dynamo.reset()
+    gate, up = torch.randn(4, 16), torch.randn(4, 16)
+    compiled = torch.compile(glu_forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(gate, up), glu_forward(gate, up))
