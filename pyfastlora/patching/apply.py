@@ -1,0 +1,163 @@
+"""`patch`, `unpatch` and `report`: the only code that changes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from pyfastlora.ops._registry import all_ops, problem_of
+from pyfastlora.ops._registry import backend as use_backend
+from pyfastlora.patching import cpu_repack
+from pyfastlora.patching.conditions import FUSED_TYPES, l1_exact_type
+from pyfastlora.patching.layers import STATE, FastLoraLinear, FusedForward, LayerState
+from pyfastlora.patching.read import standing_reason
+from pyfastlora.patching.report import PatchReport, Row
+from pyfastlora.patching.verify import probe, probe_dtype, run_once
+
+
+def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> PatchReport:
+    """Let the LoRA layers of a PEFT model run fused where that gives PEFT's result, in place.
+
+    backend: "auto", or what `pyfastlora.backend` takes ("reference", "dora_norm=cpu", ...): it then holds for
+    every call of these layers, and a call that it cannot serve raises with the reason of each candidate.
+    verify: run a small random batch, forward and backward, through every fused layer and through its PEFT
+    forward; a layer that differs by more than `pyfastlora.patching.verify.BOUNDS` allows is left on PEFT.
+
+    Every layer keeps its parameters, its state_dict keys and its PEFT class as a base class. Calls that a
+    condition rules out (docs/fallbacks.md) run PEFT's forward. On bitsandbytes' 4-bit layers, adapted or
+    not, the switch that lets them repack their weight for CPU inference is turned off. Patching twice
+    changes nothing but the backend.
+
+    Returns the report; `pyfastlora.report(model)` gives it again with the calls made since. Raises
+    ValueError for a backend that does not exist.
+    """
+    _check_model("patch", model)
+    if backend != "auto":
+        _try_backend(model, backend)
+    for module in model.modules():
+        cpu_repack.forbid(module)
+    for _, layer in _lora_layers(model):
+        if isinstance(layer, FusedForward):
+            layer.__dict__[STATE].backend = backend
+        elif l1_exact_type(layer) is None and STATE not in layer.__dict__:
+            layer.__dict__[STATE] = LayerState(backend)
+            _become(layer, _fast_class(layer))
+    if verify:
+        _verify(model)
+    return report(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every layer of the model its own class and attributes back; an unpatched model stays as it is.
+
+    Raises RuntimeError, before anything is changed, if something else has since changed a layer's class.
+    """
+    _check_model("unpatch", model)
+    layers = [(name, layer) for name, layer in _lora_layers(model) if STATE in layer.__dict__]
+    for name, layer in layers:
+        if isinstance(layer, FusedForward) and "peft_class" not in type(layer).__dict__:
+            raise RuntimeError(
+                f"unpatch: {name} became a {type(layer).__name__} after it was patched; undo that first "
+                "(FSDP2: unpatch before fully_shard)"
+            )
+    for _, layer in layers:
+        if isinstance(layer, FusedForward):
+            _become(layer, layer.peft_class)
+        del layer.__dict__[STATE]
+    for module in model.modules():
+        cpu_repack.allow(module)
+
+
+def report(model: nn.Module) -> PatchReport:
+    """How each LoRA layer of the model runs, with the calls counted since it was patched.
+
+    Fused and PEFT calls count forwards, so a checkpointed layer counts its recomputation too; calls inside a
+    `torch.compile` graph are not counted.
+    """
+    _check_model("report", model)
+    return PatchReport([_row(name, layer) for name, layer in _lora_layers(model)])
+
+
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+
+
+def _fast_class(layer: nn.Module) -> type[FusedForward]:
+    kind = type(layer)
+    if (kind.__module__, kind.__qualname__) == FUSED_TYPES[0]:
+        return FastLoraLinear
+    # here, not above: this imports bitsandbytes, which a model with such a layer has loaded anyway
+    from pyfastlora.patching.layers_4bit import FastLoraLinear4bit
+
+    return FastLoraLinear4bit
+
+
+def _become(layer: Any, cls: type[nn.Module]) -> None:
+    layer.__class__ = cls
+
+
+def _try_backend(model: nn.Module, spec: str) -> None:
+    """Run one layer of each sort by the backend, before anything is changed: raises what a call would."""
+    with use_backend(spec):  # raises for an unknown name, with or without LoRA layers
+        tried = set()
+        for _, layer in _lora_layers(model):
+            if isinstance(layer, FusedForward):
+                kind = layer.kind
+            elif l1_exact_type(layer) is None:
+                kind = _fast_class(layer).kind
+            else:
+                continue
+            weight = layer.base_layer.weight
+            sort = (kind, weight.device, weight.dtype, *map(type, layer.lora_variant.values()))
+            if sort not in tried and run_once(kind, layer):
+                tried.add(sort)
+
+
+def _verify(model: nn.Module) -> None:
+    for _, layer in _lora_layers(model):
+        if not isinstance(layer, FusedForward) or standing_reason(layer.kind, layer):
+            continue
+        state: LayerState = layer.__dict__[STATE]
+        outcome = probe(layer)
+        state.error, state.note, state.refused = outcome.error, outcome.note, outcome.refusal
+        if state.refused:
+            _become(layer, layer.peft_class)
+
+
+def _row(name: str, layer: Any) -> Row:
+    state = layer.__dict__.get(STATE) or LayerState()
+    if isinstance(layer, FusedForward):
+        peft_class, standing = layer.peft_class, standing_reason(layer.kind, layer) or ""
+    else:
+        peft_class = type(layer)
+        standing = state.refused or l1_exact_type(layer) or "not patched: call pyfastlora.patch(model)"
+    fused = not standing and (state.calls_fused > 0 or state.calls_fallback == 0)
+    return Row(
+        name=name,
+        layer=peft_class.__name__,
+        fused=fused,
+        region="linear" if fused else "none",
+        backend=_backend_of(layer, state) if fused else "",
+        reason=standing or state.last_reason,
+        calls_fused=state.calls_fused,
+        calls_fallback=state.calls_fallback,
+        error=state.error,
+        note=state.note,
+    )
+
+
+def _backend_of(layer: Any, state: LayerState) -> str:
+    """The backend asked for; "auto" by what it came to, after a call: asking before could compile kernels."""
+    if state.backend != "auto" or not state.calls_fused:
+        return state.backend
+    (shrink,) = [op for op in all_ops() if op.name == "lora_shrink"]  # every fused layer runs it
+    weight = layer.base_layer.weight
+    return shrink.choose(problem_of(weight, probe_dtype(layer))).name

@@ -1,0 +1,407 @@
+"""L1 to L15 one by one: what a single disturbance of a training step cannot show.
+
+Other layer types, inputs that PEFT itself refuses, transforms and modes, engines that move parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.helpers import DoraCaching
+from torch import Tensor, nn
+
+import pyfastlora
+from pyfastlora.patching import layers
+
+from .models import (
+    HIDDEN,
+    WIDTH,
+    assert_close,
+    assert_equal,
+    first,
+    inputs,
+    lora,
+    patched_copy,
+    row,
+    step,
+    toy_4bit,
+    with_noise,
+)
+
+
+class _OtherTensor(Tensor):
+    pass
+
+
+def test_l1_other_layer_types_are_untouched() -> None:
+    class Zoo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.conv, self.up = (
+                nn.Embedding(11, WIDTH),
+                nn.Conv1d(4, 4, 3),
+                nn.Linear(WIDTH, HIDDEN),
+            )
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.up(self.conv(self.embed(tokens)[:, :4])[..., :1].expand(-1, -1, WIDTH))
+
+    model = lora(Zoo(), target_modules=["embed", "conv", "up"])
+    classes = {name: type(module) for name, module in model.named_modules()}
+    found = pyfastlora.patch(model)
+    assert [each.fused for each in found] == [False, False, True]
+    assert "Embedding is not exactly lora.Linear" in found["embed"].reason
+    assert "Conv1d is not exactly lora.Linear" in found["conv"].reason
+    changed = [name for name, module in model.named_modules() if type(module) is not classes[name]]
+    assert changed == ["base_model.model.up"]
+
+
+def test_l1_adalora_and_expert_parameters_are_untouched() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Module()
+            self.experts.weight = nn.Parameter(torch.randn(3, WIDTH, WIDTH))
+            self.experts.forward = lambda x: x  # type: ignore[method-assign]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.experts.weight[0]
+
+    adalora = get_peft_model(lora().unload(), AdaLoraConfig(target_modules=["up"], r=4, total_step=10))
+    assert "SVDLinear is not exactly" in pyfastlora.patch(adalora)["up"].reason
+    experts = get_peft_model(Experts(), LoraConfig(target_modules=[], target_parameters=["experts.weight"]))
+    assert "ParamWrapper is not exactly" in pyfastlora.patch(experts)["experts"].reason
+
+
+def test_l1_eight_bit_is_untouched() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = bnb.nn.Linear8bitLt(WIDTH, HIDDEN, has_fp16_weights=False)
+
+    base = Eight()
+    base.is_loaded_in_8bit = True
+    model = get_peft_model(base, LoraConfig(target_modules=["up"]))
+    assert pyfastlora.patch(model)["up"].reason.startswith("Linear8bitLt is not exactly")
+
+
+def test_l1_a_subclass_and_an_instance_forward_are_untouched() -> None:
+    class Special(type(first(lora()))):  # type: ignore[misc]
+        pass
+
+    model = lora()
+    first(model).__class__ = Special
+    down = model.base_model.model.down
+    down.forward = functools.partial(type(down).forward, down)
+    found = pyfastlora.patch(model)
+    assert found["up"].reason == "Special is not exactly lora.Linear or bnb.Linear4bit"
+    assert found["down"].reason == "forward was replaced on the layer by a partial: patch before that"
+    assert (type(first(model)), type(down).__name__) == (Special, "Linear")
+
+
+def test_l2_mixed_batches_are_pefts() -> None:
+    peft = lora().eval()
+    peft.add_adapter("other", LoraConfig(r=4, target_modules=["up", "down"]))
+    with_noise(peft)
+    ours = patched_copy(peft)
+    x, names = inputs(3, WIDTH), ["default", "__base__", "other"]
+    assert torch.equal(ours(x, adapter_names=names), peft(x, adapter_names=names))
+    assert "called with adapter_names" in row(ours).reason
+    assert torch.equal(first(ours)(x, adapter_names=None), first(ours)(x))  # None counts as absent
+    assert row(ours).calls_fused == 2
+
+
+def test_l2_positional_arguments_are_pefts() -> None:
+    ours = patched_copy(lora())
+    with pytest.raises(TypeError, match="positional argument"):  # nn.Linear's own complaint
+        first(ours)(inputs(3, WIDTH), 1)
+    assert row(ours).reason == "called with 1 positional arguments after x"
+
+
+def test_l5_dora_caching() -> None:
+    peft = lora(use_dora=True).eval()
+    ours = patched_copy(peft)
+    x = inputs(4, WIDTH)
+    with DoraCaching(), torch.no_grad():
+        assert torch.equal(ours(x), peft(x))
+        assert "DoraCaching is on" in row(ours).reason
+        ours.train()(x)  # PEFT does not cache while training
+    assert row(ours).calls_fused == 1
+
+
+def test_l6_conv1d_of_gpt2() -> None:
+    transformers = pytest.importorskip("transformers")
+    base = nn.Sequential(OrderedDict(up=transformers.pytorch_utils.Conv1D(HIDDEN, WIDTH)))
+    peft = lora(base, target_modules=["up"], fan_in_fan_out=True)
+    ours = patched_copy(peft)
+    assert_equal(step(ours, inputs(4, WIDTH)), step(peft, inputs(4, WIDTH)))
+    assert "the base layer is a Conv1D, not Linear" in row(ours).reason
+
+
+def test_l6_a_4bit_linear_under_a_dense_lora_layer() -> None:
+    base = toy_4bit()
+    base.is_loaded_in_4bit = False  # PEFT then takes its dense layer for what is an nn.Linear subclass
+    peft = lora(base)
+    ours = patched_copy(peft)
+    assert_equal(step(ours, inputs(4, WIDTH)), step(peft, inputs(4, WIDTH)))
+    assert "the base layer is a Linear4bit, not Linear" in row(ours).reason
+
+
+def test_l7_dropout_in_place() -> None:
+    peft = lora()
+    first(peft).lora_dropout["default"] = nn.Dropout(0.5, inplace=True)
+    ours = patched_copy(peft)
+    results = []
+    for model in (peft, ours):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(first(model)(inputs(4, WIDTH)))
+    assert torch.equal(*results)
+    assert row(ours).reason == "dropout is in place: it overwrites x"
+
+
+def test_l8_a_mix_that_peft_refuses_is_refused_by_peft() -> None:
+    peft = lora(lora().unload().to(torch.bfloat16))
+    ours = patched_copy(peft)
+    messages = []
+    for model in (peft, ours):
+        with pytest.raises(RuntimeError) as caught:
+            model(inputs(4, WIDTH))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert row(ours).reason == "x is float32, the base weight bfloat16, and autocast is off"
+    x = inputs(4, WIDTH, dtype=torch.bfloat16)
+    assert_close(step(ours, x), step(peft, x), dtype=torch.bfloat16)
+    assert row(ours).calls_fused == 1
+
+
+def test_l8_integers_and_mixed_adapters() -> None:
+    ours = patched_copy(lora())
+    with pytest.raises(RuntimeError):
+        ours(torch.ones(2, WIDTH, dtype=torch.int64))
+    assert row(ours).reason == "x is int64, not a floating dtype from 16 to 64 bits"
+    first(ours).lora_B.to(torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        ours(inputs(2, WIDTH))
+    assert row(ours).reason == "lora_B.weight is bfloat16, lora_A.weight float32"
+
+
+def test_l8_base_bias_of_another_dtype() -> None:
+    ours = patched_copy(lora())
+    first(ours).base_layer.bias.data = first(ours).base_layer.bias.data.to(torch.bfloat16)
+    with pytest.raises(RuntimeError):
+        ours(inputs(2, WIDTH))
+    assert row(ours).reason == "the base bias is bfloat16, the base weight float32, and autocast is off"
+
+
+def test_l9_autocast_runs_fused() -> None:
+    peft = lora(lora().unload().to(torch.bfloat16))
+    ours = patched_copy(peft)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours_step, peft_step = (
+                step(ours, inputs(4, WIDTH, dtype=dtype)),
+                step(peft, inputs(4, WIDTH, dtype=dtype)),
+            )
+        assert_close(ours_step, peft_step, dtype=torch.bfloat16)
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (2, 0)
+
+
+def test_l10_hooks_on_the_layer_itself_stay() -> None:
+    """__call__ runs them, around forward; those inside are run by PEFT's forward, as often as before."""
+    ours = patched_copy(lora())
+    seen: list[str] = []
+    first(ours).register_forward_hook(lambda *_: seen.append("layer"))
+    ours(inputs(2, WIDTH))
+    assert (seen, row(ours).calls_fused) == (["layer"], 1)
+    handle = first(ours).base_layer.register_forward_hook(lambda *_: seen.append("base"))
+    ours(inputs(2, WIDTH))
+    assert (seen, row(ours).calls_fallback) == (["layer", "base", "layer"], 1)
+    handle.remove()
+    ours(inputs(2, WIDTH))
+    assert (seen, row(ours).calls_fused) == (["layer", "base", "layer", "layer"], 2)
+
+
+def test_l11_tensor_subclasses_and_meta() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    x = inputs(2, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(ours(x.as_subclass(_OtherTensor)), peft(x.as_subclass(_OtherTensor)))
+    assert row(ours).reason == "x is a _OtherTensor, not a plain tensor"
+    meta = pyfastlora.patch(lora().to("meta"))
+    assert meta["up"].reason == "on the meta device: nothing to compute with"
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        ours(x.to("meta"))
+    assert row(ours).reason == "on the meta device: nothing to compute with"
+
+
+def test_l11_dtensor() -> None:
+    """A fully_shard per linear leaves DTensors where the hooks of the linears would have gathered them."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        ours = patched_copy(lora())
+        weight = first(ours).lora_A["default"].weight
+        first(ours).lora_A["default"].weight = nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(0)]))
+        assert row(ours).reason == "lora_A.weight is a DTensor, not a plain tensor"
+        with pytest.raises(RuntimeError, match="mixed torch"):
+            ours(inputs(2, WIDTH))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_l12_a_quant_state_that_does_not_fit() -> None:
+    ours = patched_copy(lora(toy_4bit()))
+    state = first(ours).base_layer.weight.quant_state
+    state.shape = torch.Size((WIDTH, HIDDEN))
+    assert row(ours).reason == "quant_state is for [64, 128], the layer is [128, 64]"
+
+
+def test_l12_a_weight_that_is_not_quantised_yet() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = toy_4bit()
+    base.up = bnb.nn.Linear4bit(WIDTH, HIDDEN, compute_dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules=["up", "down"]))
+    assert "not quantised yet: move the model" in pyfastlora.patch(model)["up"].reason
+    model.to("cpu")
+    assert pyfastlora.report(model)["up"].fused
+    model(inputs(2, WIDTH))
+    assert row(model).calls_fused == 1
+
+
+def test_l14_torch_func() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    x = inputs(3, WIDTH)
+    results = []
+    for model in (peft, ours):
+        parameters = dict(model.named_parameters())
+
+        def loss(values: dict[str, Tensor], row_of_x: Tensor, model: nn.Module = model) -> Tensor:
+            return torch.func.functional_call(model, values, (row_of_x,)).square().sum()
+
+        results.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
+    assert_equal(results[1], results[0])
+    assert row(ours).reason == "inside a torch.func transform (grad, vmap, ...)"
+    plain = torch.func.functional_call(ours, dict(peft.named_parameters()), (x,))
+    assert_close({"y": plain}, {"y": peft(x)})
+    assert row(ours).calls_fused == 1
+
+
+def test_l14_forward_mode_ad() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    x, tangent = inputs(3, WIDTH), inputs(3, WIDTH, seed=8)
+    results = []
+    for model in (peft, ours):
+        with torch.autograd.forward_ad.dual_level():
+            y = model(torch.autograd.forward_ad.make_dual(x, tangent))
+            results.append(torch.autograd.forward_ad.unpack_dual(y))
+    assert torch.equal(results[0].primal, results[1].primal)
+    assert torch.equal(results[0].tangent, results[1].tangent)
+    assert row(ours).reason == "inside forward-mode AD"
+
+
+def test_l14_jit_trace() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    x = inputs(3, WIDTH)
+    traced = torch.jit.trace(ours, x, check_trace=False)
+    assert row(ours).reason == "torch.jit.trace is recording"
+    assert torch.equal(traced(2 * x), peft(2 * x))
+
+
+def test_l14_export() -> None:
+    ours = patched_copy(lora())
+    x = inputs(3, WIDTH)
+    program = torch.export.export(ours.base_model.model, (x,))
+    assert not [node for node in program.graph.nodes if "pyfastlora" in str(node.target)]
+    assert torch.allclose(program.module()(x), ours(x), atol=1e-5)
+
+
+def test_l14_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ours = patched_copy(lora())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = ours(torch.empty(3, WIDTH))
+    assert (tuple(y.shape), row(ours).calls_fused) == ((3, WIDTH), 0)
+    assert row(ours).reason.startswith("FakeTensorMode is active")
+
+
+def test_l14_a_default_device_is_no_obstacle() -> None:
+    ours = patched_copy(lora())
+    with torch.device("cpu"):
+        ours(inputs(3, WIDTH))
+    assert (row(ours).calls_fused, row(ours).reason) == (1, "")
+
+
+def test_l14_the_conditions_compile_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both outcomes: a fused layer (by the formula, in place of the region) and one that runs PEFT."""
+
+    def formula(x: Tensor, projections: list[Any]) -> list[Tensor]:
+        (p,) = projections
+        base = nn.functional.linear(x, p.weight.weight, p.bias)
+        return [base + p.scaling * (x @ p.lora_A.T) @ p.lora_B.T]
+
+    monkeypatch.setattr(layers, "fused_projections", formula)
+    peft = lora()
+    ours = patched_copy(peft)
+    x = inputs(3, WIDTH)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert_close({"y": compiled(x)}, {"y": peft(x)})
+    for model in (peft, ours):
+        model.base_model.disable_adapter_layers()
+    assert_close({"y": compiled(x)}, {"y": peft(x)})
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (0, 0)  # counted in eager mode only
+
+
+def test_l15_wrong_widths_are_refused_by_peft() -> None:
+    ours = patched_copy(lora())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours(inputs(3, WIDTH + 1))
+    assert row(ours).reason == f"x is [3, {WIDTH + 1}]; its last dimension has to be {WIDTH}"
+
+
+def test_l15_a_parameter_that_was_not_gathered() -> None:
+    ours = patched_copy(lora())
+    first(ours).lora_A["default"].weight.data = torch.empty(0)
+    assert row(ours).fused  # outside of a forward every parameter is partitioned: that decides nothing
+    with pytest.raises(RuntimeError):
+        ours(inputs(3, WIDTH))
+    assert row(ours).reason == "lora_A.weight is [0], not its full shape: partitioned and not gathered"
+
+
+class _Gathering(OrderedDict):  # type: ignore[type-arg]
+    """What DeepSpeed ZeRO-3 makes of `_parameters`: indexing gathers, .get does not."""
+
+    full: Tensor
+
+    def __getitem__(self, key: str) -> Any:
+        parameter = super().__getitem__(key)
+        if parameter is not None and parameter.numel() == 0:
+            parameter.data = self.full
+        return parameter
+
+
+def test_l15_parameters_are_read_so_that_zero3_gathers_them() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    module = first(ours).lora_A["default"]
+    gathering = _Gathering(module._parameters)
+    gathering.full = module.weight.data
+    module.weight.data = torch.empty(0)
+    module._parameters = gathering
+    assert_close({"y": ours(inputs(3, WIDTH))}, {"y": peft(inputs(3, WIDTH))})
+    assert row(ours).calls_fused == 1
