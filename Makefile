@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --prefer-binary --disable-pip-version-ch
 PACKAGING := pyproject.toml setup.py constraints.txt
 SOURCES_CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint sanitize bench clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fastlora quickstart
@@ -27,6 +27,12 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES_CPP)
+
+# The kernels under AddressSanitizer and UBSan, at every instruction set of this CPU.
+sanitize: $(VENV)/installed-test
+	$(BIN)/cmake -B build/cmake
+	$(BIN)/cmake --build build/cmake --parallel
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench.adapter_tax
