@@ -183,7 +183,8 @@ def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
         return lora_expand(y, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=torch.empty_like(y))
     # PEFT's second product runs in the dtype of its dropped-out copy of x: the adapter's, unless autocast is on.
     k.wide = k.compute if k.compute != p.weight.compute_dtype(x) else torch.promote_types(x.dtype, p.lora_A.dtype)
-    k.base = p.weight.linear(dropout_apply(rows.to(k.wide), k.mask))
+    dropped = dropout_apply(rows.to(torch.promote_types(x.dtype, k.wide)), k.mask).to(k.wide)
+    k.base = p.weight.linear(dropped, stored=True)
     total = torch.addcmul(y.to(k.norm.dtype), k.base.to(k.norm.dtype), gain - 1)
     return lora_expand(total, k.s, p.lora_B * gain[:, None], scale=p.scaling, offset=p.bias).to(y.dtype)
 
@@ -221,10 +222,10 @@ def _backward(
         if ds is not None and p.lora_A is not None and needs[0]:
             low_rank.append((ds, p.lora_A, k.mask))
     if needs[0] and dx is not None:
-        dx = dx.to(x.dtype)
+        dx = dx.to(torch.promote_types(dx.dtype, x.dtype))  # the wider one until everything is in
         for ds, a, mask in low_rank:
             lora_expand(dx, ds, a, transposed=True, mask=mask)
-        dx = dx.view(x.shape)
+        dx = dx.to(x.dtype).view(x.shape)
     return (dx if needs[0] else None, None, *out)
 
 
@@ -271,12 +272,10 @@ def _add_base_grad(dy: Tensor, dz: Tensor, p: Projection, k: _Kept, dx: Tensor |
         same = dx is not None and dx.dtype == dz.dtype
         grad = p.weight.input_grad(dz, dx if same else None)
         return grad if dx is None or same else dx + grad
-    grad = p.weight.input_grad(dy.to(k.compute))
-    second = p.weight.input_grad(dz.to(k.wide))
-    grad = dropout_apply(second, k.mask, out=second).add_(grad) if second.dtype != grad.dtype else grad.add_(
-        dropout_apply(second, k.mask, out=second)
-    )
-    return grad if dx is None else dx + grad
+    exact = torch.promote_types(k.wide, torch.float32)  # two rounded products: their sum is not rounded again yet
+    second = p.weight.input_grad(dz.to(k.wide), stored=True).to(exact)
+    grad = dropout_apply(second, k.mask, out=second).add_(p.weight.input_grad(dy.to(k.compute)))
+    return grad if dx is None else grad.add_(dx)
 
 
 @contextlib.contextmanager

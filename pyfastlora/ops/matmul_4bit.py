@@ -22,29 +22,31 @@ FEW_ROWS = 4
 PANEL_BYTES = 8 << 20
 
 
-def matmul_4bit(x: Tensor, w: Packed4bit, *, transposed: bool = False, out: Tensor | None = None) -> Tensor:
+def matmul_4bit(
+    x: Tensor, w: Packed4bit, *, transposed: bool = False, values: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
     """x W^T, or x W when `transposed`.
 
-    x [T, I] (or [T, O]), float, packed columns. Returns [T, O] (or [T, I]) in x's dtype: new, or `out`. Raises
-    ValueError when x does not fit the weight.
+    x [T, I] (or [T, O]), float, packed columns. values: a dtype W is rounded to before it takes x's. Returns [T, O]
+    (or [T, I]) in x's dtype: new, or `out`. Raises ValueError when x does not fit the weight.
     """
     inner, outer = w.shape if transposed else (w.shape[1], w.shape[0])
     if x.dim() != 2 or x.shape[1] != inner:
         raise ValueError(f"matmul_4bit: x must be [T, {inner}] for a weight of {list(w.shape)}; got {list(x.shape)}")
     if out is None:
         out = x.new_empty(x.shape[0], outer)
-    OP.pick(x)(x, w, transposed, out)
+    OP.pick(x)(x, w, transposed, values or x.dtype, out)
     return out
 
 
-def reference(x: Tensor, w: Packed4bit, transposed: bool, out: Tensor) -> None:
-    dense = dequant_4bit(w, x.dtype)
+def reference(x: Tensor, w: Packed4bit, transposed: bool, values: torch.dtype, out: Tensor) -> None:
+    dense = dequant_4bit(w, values).to(x.dtype)
     torch.mm(x, dense if transposed else dense.t(), out=out)
 
 
-def cpu(x: Tensor, w: Packed4bit, transposed: bool, out: Tensor) -> None:
+def cpu(x: Tensor, w: Packed4bit, transposed: bool, values: torch.dtype, out: Tensor) -> None:
     """Decodes a few rows on the fly; for many, panels in one reused buffer and the vendor's GEMM."""
-    if x.shape[0] <= FEW_ROWS and not transposed:
+    if x.shape[0] <= FEW_ROWS and not transposed and values == x.dtype:
         torch.ops.pyfastlora.matmul_4bit(x if x.stride(1) == 1 else x.contiguous(), *w.native, out)
         return
     rows, cols = w.shape
@@ -52,12 +54,12 @@ def cpu(x: Tensor, w: Packed4bit, transposed: bool, out: Tensor) -> None:
     width = max(64, PANEL_BYTES // max(1, inner * x.element_size()) // 64 * 64)
     for begin in range(0, outer, width):
         end = min(begin + width, outer)
-        if transposed:
-            panel = scratch((rows, end - begin), x.dtype, x.device)
-            torch.mm(x, dequant_4bit(w, cols=(begin, end), out=panel), out=out[:, begin:end])
-        else:
-            panel = scratch((end - begin, cols), x.dtype, x.device)
-            torch.mm(x, dequant_4bit(w, rows=(begin, end), out=panel).t(), out=out[:, begin:end])
+        span = {"cols": (begin, end)} if transposed else {"rows": (begin, end)}
+        shape = (rows, end - begin) if transposed else (end - begin, cols)
+        panel = dequant_4bit(w, out=scratch(shape, values, x.device), **span)
+        if values != x.dtype:
+            panel = scratch(shape, x.dtype, x.device).copy_(panel)
+        torch.mm(x, panel if transposed else panel.t(), out=out[:, begin:end])
 
 
 OP = Op("matmul_4bit", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))

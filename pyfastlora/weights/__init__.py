@@ -37,12 +37,15 @@ class FrozenWeight(Protocol):
         """What the base layer returns for x when it multiplies in `compute`."""
         ...
 
-    def linear(self, x: Tensor) -> Tensor:
-        """x W^T [T, O] in x's dtype, new."""
+    def linear(self, x: Tensor, *, stored: bool = False) -> Tensor:
+        """x W^T [T, O] in x's dtype, new. A quantised W is decoded to x's dtype, `stored`: to its own dtype first.
+
+        The base layer does the former, PEFT's DoRA the latter (peft.utils.integrations.dequantize_module_weight).
+        """
         ...
 
-    def input_grad(self, dy: Tensor, dx: Tensor | None = None) -> Tensor:
-        """dy W [T, I] in dy's dtype: new, or added to dx in place."""
+    def input_grad(self, dy: Tensor, dx: Tensor | None = None, *, stored: bool = False) -> Tensor:
+        """dy W [T, I] in dy's dtype: new, or added to dx in place. `stored` as in `linear`."""
         ...
 
     def norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -87,11 +87,11 @@ class Bnb4bitWeight:
     def output_dtype(self, x: Tensor, compute: torch.dtype) -> torch.dtype:
         return x.dtype  # Linear4bit.forward casts back to its input's dtype, under autocast too
 
-    def linear(self, x: Tensor) -> Tensor:
-        return matmul_4bit(x, self.packed)
+    def linear(self, x: Tensor, *, stored: bool = False) -> Tensor:
+        return matmul_4bit(x, self.packed, values=self.packed.dtype if stored else None)
 
-    def input_grad(self, dy: Tensor, dx: Tensor | None = None) -> Tensor:
-        grad = matmul_4bit(dy, self.packed, transposed=True)
+    def input_grad(self, dy: Tensor, dx: Tensor | None = None, *, stored: bool = False) -> Tensor:
+        grad = matmul_4bit(dy, self.packed, transposed=True, values=self.packed.dtype if stored else None)
         return grad if dx is None else dx.add_(grad)
 
     def norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:

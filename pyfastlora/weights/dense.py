@@ -47,10 +47,10 @@ class DenseWeight:
     def output_dtype(self, x: Tensor, compute: torch.dtype) -> torch.dtype:
         return compute
 
-    def linear(self, x: Tensor) -> Tensor:
+    def linear(self, x: Tensor, *, stored: bool = False) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-    def input_grad(self, dy: Tensor, dx: Tensor | None = None) -> Tensor:
+    def input_grad(self, dy: Tensor, dx: Tensor | None = None, *, stored: bool = False) -> Tensor:
         weight = self.weight.to(dy.dtype)
         return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
 

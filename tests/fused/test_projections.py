@@ -1,0 +1,303 @@
+"""The fused projections against float64, PEFT and autograd's finite differences.
+
+What could break: a gradient's scale or its cast, a mask that is not PEFT's, roundings more than PEFT has, tensors kept
+that nobody needs, inputs that need no gradient.
+"""
+
+import itertools
+
+import pytest
+import torch
+from accuracy import assert_as_exact_on_average, error, name_of
+from peft_layers import FEATURES, Features, in_float64, peft_layer, projection_of, trainables
+
+from pyfastlora.fused.projections import Projection, fused_projections
+from pyfastlora.weights.dense import DenseWeight
+
+SEEDS = range(3)
+
+
+def run(function, layer, x, dy, autocast=None):
+    """{"y", "x", every trainable name: value or gradient} of one forward and backward under a fixed seed."""
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(77)
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        y = function(x)
+    names, parameters = zip(*trainables(layer), strict=True)
+    grads = torch.autograd.grad(y, (x, *parameters), dy.to(y.dtype))
+    return {"y": y.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
+
+
+def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=None, tokens=(2, 40)):
+    """Ours and PEFT's errors against PEFT in float64, averaged over seeds, for the output and every gradient."""
+    errors = {}
+    for seed in SEEDS:
+        layer = peft_layer(features, dtype, adapter_dtype, four_bit=four_bit, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(*tokens, 128, generator=generator).to(x_dtype or dtype)
+        dy = torch.randn(*tokens, 192, generator=generator).to(autocast or dtype)
+        exact = in_float64(layer)
+        truth = run(exact, exact, x.double(), dy.double())
+        theirs = run(layer, layer, x, dy, autocast)
+        ours = run(lambda x, layer=layer: fused_projections(x, [projection_of(layer)])[0], layer, x, dy, autocast)
+        assert theirs.keys() == ours.keys() == truth.keys()
+        for name, value in ours.items():
+            assert value.dtype == theirs[name].dtype and value.shape == theirs[name].shape, name
+            pair = error(value, truth[name]), error(theirs[name], truth[name])
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        assert_as_exact_on_average(pairs, name)
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+    ids=name_of,
+)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_as_exact_as_peft(features, dtype, adapter_dtype, four_bit):
+    if four_bit:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install pyfastlora[qlora]")
+    compare(features, dtype, adapter_dtype, four_bit)
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize(("base", "x"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=name_of)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_as_exact_as_peft_under_autocast(features, base, x, four_bit):
+    if four_bit:
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install pyfastlora[qlora]")
+    compare(features, base, torch.float32, four_bit, autocast=torch.bfloat16, x_dtype=x)
+
+
+COMBINATIONS = [
+    Projection(None, bias, "A", "B", lora_bias, 0.7, dropout, magnitude)
+    for bias, lora_bias, dropout, magnitude in itertools.product((None, "b"), (None, "bB"), (0.0, 0.4), (None, "m"))
+    if not (lora_bias and magnitude)
+]
+
+
+def tensors_of(spec, inner=5, outer=4, ranks=3, seed=0):
+    """A float64 projection of `spec`, every tensor a leaf that asks for its gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return Projection(
+        DenseWeight(leaf(outer, inner).detach()),
+        leaf(outer) if spec.bias else None,
+        leaf(ranks, inner) if spec.lora_A else None,
+        leaf(outer, ranks) if spec.lora_B else None,
+        leaf(outer) if spec.lora_bias else None,
+        spec.scaling,
+        spec.dropout,
+        leaf(outer) if spec.magnitude else None,
+    )
+
+
+def reference_formula(x, p):
+    """PEFT's forward in differentiable torch, the norm held constant."""
+    w = p.weight.weight
+    dropped = torch.nn.functional.dropout(x, p.dropout) if p.dropout else x
+    base = x @ w.t() + (0 if p.bias is None else p.bias)
+    if p.lora_A is None:
+        return base
+    low = (dropped @ p.lora_A.t()) @ p.lora_B.t() + (0 if p.lora_bias is None else p.lora_bias)
+    if p.magnitude is None:
+        return base + p.scaling * low
+    norm = torch.linalg.norm(w + p.scaling * p.lora_B.detach() @ p.lora_A.detach(), dim=1)
+    gain = p.magnitude / norm
+    return base + (gain - 1) * (dropped @ w.t()) + gain * p.scaling * low
+
+
+def leaves(x, projections):
+    every = [t for p in projections for t in (p.bias, p.lora_A, p.lora_B, p.lora_bias, p.magnitude) if t is not None]
+    return [x, *every]
+
+
+@pytest.mark.parametrize("spec", COMBINATIONS, ids=lambda s: f"{'bias' if s.bias else ''}{'bB' if s.lora_bias else ''}{s.dropout}{'m' if s.magnitude else ''}")
+def test_every_gradient_is_the_formulas(spec):
+    x = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_()
+    p = tensors_of(spec)
+    inputs = leaves(x, [p])
+
+    def ours(*_):
+        torch.manual_seed(3)
+        return fused_projections(x, [p])[0]
+
+    torch.manual_seed(3)
+    theirs = reference_formula(x, p)
+    torch.testing.assert_close(ours(), theirs, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(theirs)
+    for got, want in zip(torch.autograd.grad(ours(), inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("spec", [c for c in COMBINATIONS if not c.magnitude], ids=str)
+def test_gradcheck(spec):
+    """Finite differences; without DoRA, whose norm is deliberately not differentiated."""
+    x = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    p = tensors_of(spec)
+
+    def function(x, *parts):
+        torch.manual_seed(3)
+        values = iter(parts)
+        filled = [None if t is None else next(values) for t in (p.bias, p.lora_A, p.lora_B, p.lora_bias)]
+        return fused_projections(x, [Projection(p.weight, *filled, p.scaling, p.dropout)])[0]
+
+    assert torch.autograd.gradcheck(function, leaves(x, [p]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_dora_in_what_it_differentiates(dropout):
+    """x, bias and magnitude: the norm does not depend on them."""
+    spec = Projection(None, "b", "A", "B", None, 0.7, dropout, "m")
+    x = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    p = tensors_of(spec)
+    a, b = p.lora_A.detach(), p.lora_B.detach()
+
+    def function(x, bias, magnitude):
+        torch.manual_seed(3)
+        return fused_projections(x, [Projection(p.weight, bias, a, b, None, 0.7, dropout, magnitude)])[0]
+
+    assert torch.autograd.gradcheck(function, (x, p.bias, p.magnitude))
+
+
+def test_several_projections_share_one_input():
+    """Unequal ranks and widths, one without an adapter, LoRA beside DoRA, dropout on one of them."""
+    x = torch.randn(2, 4, 5, dtype=torch.float64).requires_grad_()
+    whole = dict(bias="b", lora_A="A", lora_B="B")
+    specs = [
+        (Projection(None, **whole, scaling=0.5), 4, 3),
+        (Projection(None, scaling=1.0), 6, 1),
+        (Projection(None, **whole, scaling=2.0, magnitude="m"), 3, 2),
+        (Projection(None, **whole, scaling=1.5, dropout=0.3), 7, 1),
+    ]
+    projections = [tensors_of(spec, outer=outer, ranks=ranks, seed=i) for i, (spec, outer, ranks) in enumerate(specs)]
+    inputs = leaves(x, projections)
+    torch.manual_seed(5)
+    ours = fused_projections(x, projections)
+    torch.manual_seed(5)
+    theirs = [reference_formula(x, p) for p in projections]
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    dys = [torch.randn_like(y) for y in theirs]
+    for got, want in zip(torch.autograd.grad(ours, inputs, dys), torch.autograd.grad(theirs, inputs, dys), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    partial = torch.autograd.grad(fused_projections(x, projections)[2].sum(), inputs, allow_unused=True)
+    assert partial[0] is not None and [g is None for g in partial[1:4]] == [True] * 3
+
+
+@pytest.mark.parametrize("spec", [COMBINATIONS[0], COMBINATIONS[-1], Projection(None, None, "A", "B", None, 1.0, 0.4, "m")], ids=["lora", "all", "dora"])
+def test_only_the_gradients_asked_for(spec):
+    p = tensors_of(spec)
+    names = [n for n in ("bias", "lora_A", "lora_B", "lora_bias", "magnitude") if getattr(p, n) is not None]
+    for wanted in itertools.chain.from_iterable(itertools.combinations(["x", *names], n) for n in (1, 2)):
+        x = torch.randn(4, 5, dtype=torch.float64).requires_grad_("x" in wanted)
+        for name in names:
+            getattr(p, name).requires_grad_(name in wanted)
+        inputs = [x if name == "x" else getattr(p, name) for name in wanted]
+        torch.manual_seed(1)
+        got = torch.autograd.grad(fused_projections(x, [p])[0].square().sum(), inputs)
+        torch.manual_seed(1)
+        want = torch.autograd.grad(reference_formula(x, p).square().sum(), inputs)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
+def test_magnitude_zero_has_finite_gradients():
+    p = tensors_of(Projection(None, None, "A", "B", None, 1.0, 0.0, "m"))
+    with torch.no_grad():
+        p.magnitude[1] = 0
+    x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
+    got = torch.autograd.grad(fused_projections(x, [p])[0].square().sum(), leaves(x, [p]))
+    want = torch.autograd.grad(reference_formula(x, p).square().sum(), leaves(x, [p]))
+    for g, w in zip(got, want, strict=True):
+        assert g.isfinite().all()
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("features", "budget"), [(Features(rank=16), 0.05), (Features(rank=16, dropout=0.1), 0.3), (Features(rank=16, dora=True), 1.1), (Features(rank=16, dora=True, dropout=0.1), 2.3)], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+def test_saved_bytes(features, budget, adapter_dtype, four_bit):
+    """In units of x (bfloat16), beyond x itself and the parameters."""
+    layer = peft_layer(features, torch.bfloat16, adapter_dtype, inner=1024, outer=1024, four_bit=four_bit)
+    x = torch.randn(256, 1024).bfloat16().requires_grad_()
+    projection = projection_of(layer)
+    known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *projection.weight.tensors)}
+    saved = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fused_projections(x, [projection])[0]
+    assert 0 < sum(saved.values()) / (x.numel() * 2) <= budget
+    y.sum().backward()
+
+
+def test_backward_twice_over_a_retained_graph():
+    p = tensors_of(Projection(None, "b", "A", "B", None, 1.0, 0.3, "m"))
+    x = torch.randn(4, 5, dtype=torch.float64).requires_grad_()
+    y = fused_projections(x, [p])[0]
+    first = torch.autograd.grad(y.sum(), leaves(x, [p]), retain_graph=True)
+    second = torch.autograd.grad(y.sum(), leaves(x, [p]))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad = torch.autograd.grad(fused_projections(x, [p])[0].square().sum(), x, create_graph=True)[0]
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("features", [Features(rank=3, dropout=0.2), Features(rank=3, dora=True, base_bias=True)], ids=str)
+def test_shapes_and_layouts(features, dtype):
+    layer = peft_layer(features, dtype, inner=33, outer=19)
+    for x in (
+        torch.randn(33),
+        torch.randn(1, 33),
+        torch.randn(0, 33),
+        torch.randn(2, 3, 4, 33),
+        torch.randn(33, 7).t(),
+        torch.randn(5, 2, 33).transpose(0, 1),
+        torch.randn(6, 40)[:, 4:37],
+        torch.randn(1, 33).expand(5, 33),
+    ):
+        if x.dim() == 1 and features.dora:
+            continue  # PEFT's DoRA makes [1, O] of a vector
+        x = x.to(dtype)
+        dy = torch.randn(*x.shape[:-1], 19).to(dtype)
+        torch.manual_seed(4)
+        want = layer(x)
+        torch.manual_seed(4)
+        leaf = x.detach().requires_grad_()
+        got = fused_projections(leaf, [projection_of(layer)])[0]
+        assert got.shape == want.shape and got.dtype == want.dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        torch.autograd.grad(got, leaf, dy.t().contiguous().t() if dy.dim() == 2 else dy)
+
+
+def test_errors_say_what_did_not_fit():
+    w = DenseWeight(torch.zeros(4, 5))
+    a, b = torch.zeros(2, 5), torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"x must end in 5 columns for W \[4, 5\]; got \[3, 6\]"):
+        fused_projections(torch.zeros(3, 6), [Projection(w)])
+    with pytest.raises(ValueError, match="come together"):
+        fused_projections(torch.zeros(3, 5), [Projection(w, lora_A=a)])
+    with pytest.raises(ValueError, match=r"must fit W \[4, 5\]; got \[2, 5\] and \[3, 2\]"):
+        fused_projections(torch.zeros(3, 5), [Projection(w, lora_A=a, lora_B=b[:3])])
+    with pytest.raises(ValueError, match="magnitude and lora_bias need"):
+        fused_projections(torch.zeros(3, 5), [Projection(w, magnitude=torch.ones(4))])
+    with pytest.raises(ValueError, match="DoRA with a bias on lora_B"):
+        fused_projections(torch.zeros(3, 5), [Projection(w, None, a, b, torch.zeros(4), magnitude=torch.ones(4))])
