@@ -42,12 +42,14 @@ clean:
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "pyfastlora needs Python 3.11 or newer on PATH (or make PYTHON=/path/to/python)" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/installed: $(PACKAGING) | $(VENV)/bin/python
-	$(INSTALL) -e '.[qlora]'
+	@echo "Installing into $(VENV): a minute or two"
+	@$(INSTALL) -e '.[qlora]'
 	@touch $@
 
 $(VENV)/installed-test: $(PACKAGING) | $(VENV)/bin/python
-	$(INSTALL) -e '.[test]'
+	@echo "Installing into $(VENV) with the test tools: a minute or two"
+	@$(INSTALL) -e '.[test]'
 	@touch $@ $(VENV)/installed

@@ -29,12 +29,13 @@ def info(dtype: str, no_build: bool) -> None:
     Prints versions, CPU features, the state of the compiled libraries and, for every op, the implementations
     that take it: the first one named is the one that runs.
     """
+    settings = sorted(item for item in os.environ.items() if item[0].startswith("FASTLORA_"))
     if no_build:
         os.environ["FASTLORA_JIT"] = "0"
     problems = _problems(dtype)
     _print("versions", _versions())
-    if settings := [(name, value) for name, value in os.environ.items() if name.startswith("FASTLORA_")]:
-        _print("environment", sorted(settings))
+    if settings:
+        _print("environment", settings)
     _print("CPU", _cpu())
     _print("compiled", _compiled())
     for problem in problems:
