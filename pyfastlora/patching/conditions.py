@@ -229,6 +229,8 @@ def l12_base_weight(call: Call) -> str | None:
     state = quant_state(base, weight)
     if reason := bnb_4bit.why_not(weight, state, base.__dict__["compute_dtype"]):
         return reason
+    if call.magnitude is not None and type(weight) is not call.kind.weights[0]:
+        return f"DoRA over a {_type(weight)}: PEFT takes only a Params4bit for 4-bit"
     layer_shape = (base.__dict__["out_features"], base.__dict__["in_features"])
     if tuple(state.shape) != layer_shape:
         return f"quant_state is for {list(state.shape)}, the layer is {list(layer_shape)}"
@@ -245,6 +247,8 @@ def l13_scaling(call: Call) -> str | None:
 
 def l14_plain_execution(call: Call) -> str | None:
     """Plain eager or compiled execution: no torch.func, tracing, export, forward-mode AD or torch mode."""
+    if call.x is None:
+        return None
     if torch.compiler.is_compiling():
         return "torch.export is recording" if torch.compiler.is_exporting() else None
     if torch._C._functorch.peek_interpreter_stack() is not None:

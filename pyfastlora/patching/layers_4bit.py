@@ -6,7 +6,7 @@ from typing import Any
 
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from peft.tuners.lora import bnb
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyfastlora.patching import cpu_repack
 from pyfastlora.patching.conditions import Kind
@@ -17,7 +17,8 @@ class FastLoraLinear4bit(FusedForward, bnb.Linear4bit):
     """`peft.tuners.lora.bnb.Linear4bit` over bitsandbytes' NF4 or FP4 linear."""
 
     peft_class = bnb.Linear4bit
-    kind = Kind(bases=(Linear4bit, LinearNF4, LinearFP4), weights=(Params4bit,), packed=True)
+    # pickle and FSDP make a plain Parameter of a Params4bit, which bitsandbytes reads just as well
+    kind = Kind((Linear4bit, LinearNF4, LinearFP4), weights=(Params4bit, nn.Parameter), packed=True)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.base_layer

@@ -6,6 +6,7 @@ Other layer types, inputs that PEFT itself refuses, transforms and modes, engine
 from __future__ import annotations
 
 import functools
+import pickle
 from collections import OrderedDict
 from typing import Any
 
@@ -266,6 +267,16 @@ def test_l12_a_quant_state_that_does_not_fit() -> None:
     state = first(ours).base_layer.weight.quant_state
     state.shape = torch.Size((WIDTH, HIDDEN))
     assert row(ours).reason == "quant_state is for [64, 128], the layer is [128, 64]"
+
+
+def test_l12_a_4bit_weight_that_pickle_made_a_plain_parameter() -> None:
+    peft = pickle.loads(pickle.dumps(lora(toy_4bit())))
+    assert type(first(peft).base_layer.weight) is nn.Parameter
+    ours = patched_copy(peft)
+    assert_close(step(ours, inputs(3, WIDTH)), step(peft, inputs(3, WIDTH)))
+    assert row(ours).calls_fused == 1
+    dora = patched_copy(pickle.loads(pickle.dumps(lora(toy_4bit(), use_dora=True))))
+    assert row(dora).reason == "DoRA over a Parameter: PEFT takes only a Params4bit for 4-bit"
 
 
 def test_l12_a_weight_that_is_not_quantised_yet() -> None:
