@@ -284,7 +284,7 @@ def _failure(recipe: Recipe, compiler: Compiler, log: Path, output: str) -> Buil
     remedy = _remedy(compiler)
     return BuildError(
         f"not built: {compiler} failed, log in {log}; {remedy}",
-        f"pyfastlora's {recipe.name}: {compiler} failed, so the next backend runs. It said\n{lines}\n"
+        f"{compiler} failed, so the next backend runs. It said\n{lines}\n"
         f"The whole log is in {log}. To fix it, {remedy}.",
     )
 

@@ -102,7 +102,7 @@ def _module() -> tuple[ModuleType | None, str | None]:
     except ImportError as error:
         return None, f"not built: {error}; run `pip install pybind11`"
     except _jit.BuildError as error:
-        logger.info(error.report)
+        logger.info("pyfastlora's host-module: %s", error.report)
         return None, str(error)
 
 

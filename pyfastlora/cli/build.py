@@ -29,7 +29,7 @@ def build(force: bool) -> None:
         try:
             library = there or _jit.build(recipe, force=force)
         except _jit.BuildError as error:
-            raise click.ClickException(error.report) from None
+            raise click.ClickException(f"{recipe.name}: {error.report}") from None
         took = "was there" if there else f"built in {time.perf_counter() - started:.1f} s"
         click.echo(f"{recipe.name}: {library} ({took})")
     for name, reason in (("kernels", _native.why_not()), ("host-module", host.why_not())):

@@ -101,7 +101,7 @@ def _load() -> str | None:
         _jit.obtain(recipe(), load)
     except _jit.BuildError as error:
         if os.environ.get("FASTLORA_JIT") != "0":
-            logger.warning(error.report)
+            logger.warning("pyfastlora's kernels: %s", error.report)
         return str(error)
     return None
 
