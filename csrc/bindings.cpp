@@ -1,8 +1,9 @@
-// Tensors to launchers: the only file that sees torch, through its stable ABI (2.11), so that one binary serves every
-// later torch and every Python. Per op: dtype, shape and layout checks, then the launcher. Schemas come last.
+// Tensors to launchers: the only file that sees torch, through its stable ABI (2.11), so that one binary
+// serves every later torch and every Python. Per op: dtype, shape and layout checks, then the launcher.
+// Schemas come last.
 //
-// Dimensions, devices and meaning are checked by the Python functions (pyfastlora/ops), with sentences for users; the
-// checks here keep a wrong call from touching memory it must not.
+// Dimensions, devices and meaning are checked by the Python functions (pyfastlora/ops), with sentences for
+// users; the checks here keep a wrong call from touching memory it must not.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,23 +25,26 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// ---- checks and conversions -----------------------------------------------------------------------------------------
+// ---- checks and conversions
+// -----------------------------------------------------------------------------------------
 
-void run_on_torch_threads(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+void run_on_torch_threads(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                          void* context) {
+    torch::stable::parallel_for(0, count, grain,
+                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 DType float_dtype(const char* op, const char* name, const Tensor& t) {
     const ScalarType type = t.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ", name,
-                    " must be float32, bfloat16 or float16");
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+                    ": ", name, " must be float32, bfloat16 or float16");
     return type == ScalarType::Float ? DType::f32 : type == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
 }
 
 void packed_columns(const char* op, const char* name, const Tensor& t) {
     STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions; it has ", t.dim());
-    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": the columns of ", name, " must be packed; their stride is ",
-                    t.stride(1));
+    STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, op, ": the columns of ", name,
+                    " must be packed; their stride is ", t.stride(1));
 }
 
 ConstMatrix input(const char* op, const char* name, const Tensor& t) {
@@ -54,14 +58,15 @@ Matrix output(const char* op, const char* name, const Tensor& t) {
 }
 
 void same_shape(const char* op, const Tensor& a, const Tensor& b) {
-    STD_TORCH_CHECK(a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(), op,
-                    ": the tensors must agree in shape and dtype");
+    STD_TORCH_CHECK(a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.scalar_type() == b.scalar_type(),
+                    op, ": the tensors must agree in shape and dtype");
 }
 
 // A packed vector of `count` elements of one type.
 const void* vector(const char* op, const char* name, const Tensor& t, ScalarType type, int64_t count) {
     STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() >= count, op, ": ", name,
-                    " must be contiguous, of the right dtype and hold ", count, " elements; it holds ", t.numel());
+                    " must be contiguous, of the right dtype and hold ", count, " elements; it holds ",
+                    t.numel());
     return t.const_data_ptr();
 }
 
@@ -76,13 +81,16 @@ const float* maybe_floats(const char* op, const char* name, const MaybeTensor& t
 DropoutMask mask(const char* op, const MaybeTensor& bits, double scale, int64_t rows, int64_t cols) {
     if (!bits) return {nullptr, 0, 1.0f};
     const int64_t pitch = (cols + 15) / 16 * 2;
-    return {static_cast<const uint8_t*>(vector(op, "mask", *bits, ScalarType::Byte, rows * pitch)), pitch, (float)scale};
+    return {static_cast<const uint8_t*>(vector(op, "mask", *bits, ScalarType::Byte, rows * pitch)), pitch,
+            (float)scale};
 }
 
-Packed4bit packed_4bit(const char* op, const Tensor& packed, const Tensor& absmax, const MaybeTensor& nested_code,
-                       const MaybeTensor& nested_absmax, const MaybeTensor& nested_offset, int64_t blocksize, int64_t nested_blocksize,
+Packed4bit packed_4bit(const char* op, const Tensor& packed, const Tensor& absmax,
+                       const MaybeTensor& nested_code, const MaybeTensor& nested_absmax,
+                       const MaybeTensor& nested_offset, int64_t blocksize, int64_t nested_blocksize,
                        bool fp4, int64_t rows, int64_t cols) {
-    STD_TORCH_CHECK(blocksize > 0 && nested_blocksize > 0 && rows >= 0 && cols >= 0, op, ": sizes must be positive");
+    STD_TORCH_CHECK(blocksize > 0 && nested_blocksize > 0 && rows >= 0 && cols >= 0, op,
+                    ": sizes must be positive");
     const int64_t count = rows * cols, blocks = (count + blocksize - 1) / blocksize;
     STD_TORCH_CHECK(nested_code.has_value() == nested_absmax.has_value() &&
                         nested_code.has_value() == nested_offset.has_value(),
@@ -108,16 +116,20 @@ fastlora::Act activation(const char* op, int64_t act) {
     return static_cast<fastlora::Act>(act);
 }
 
-// ---- ops ------------------------------------------------------------------------------------------------------------
+// ---- ops
+// ------------------------------------------------------------------------------------------------------------
 
-int64_t cpu_level() { return fastlora::cpu::level(); }
+int64_t cpu_level() {
+    return fastlora::cpu::level();
+}
 
 void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                  const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
-                  int64_t rows, int64_t cols, int64_t row, int64_t col, const Tensor out) {
+                  const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize,
+                  int64_t nested_blocksize, bool fp4, int64_t rows, int64_t cols, int64_t row, int64_t col,
+                  const Tensor out) {
     const char* op = "dequant_4bit";
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
-                                     fp4, rows, cols);
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize,
+                                     nested_blocksize, fp4, rows, cols);
     const Matrix o = output(op, "out", out);
     STD_TORCH_CHECK(row >= 0 && col >= 0 && row + o.rows <= rows && col + o.cols <= cols, op,
                     ": out does not lie inside the weight");
@@ -125,14 +137,14 @@ void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor ne
 }
 
 void matmul_4bit(const Tensor x, const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                 const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
-                 const Tensor out) {
+                 const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize,
+                 int64_t nested_blocksize, bool fp4, const Tensor out) {
     const char* op = "matmul_4bit";
     const ConstMatrix in = input(op, "x", x);
     const Matrix o = output(op, "out", out);
     STD_TORCH_CHECK(in.rows == o.rows && in.dtype == o.dtype, op, ": x and out must agree in rows and dtype");
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
-                                     fp4, o.cols, in.cols);
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize,
+                                     nested_blocksize, fp4, o.cols, in.cols);
     if (o.rows && o.cols) fastlora::cpu::matmul_4bit(in, w, o, run_on_torch_threads);
 }
 
@@ -144,11 +156,12 @@ void glu_forward(const Tensor gate, const Tensor up, int64_t act, const Tensor o
     if (o.rows && o.cols) fastlora::cpu::glu_forward(g, u, activation(op, act), o, run_on_torch_threads);
 }
 
-void glu_backward(const Tensor dy, const Tensor gate, const Tensor up, int64_t act, const Tensor dgate, const Tensor dup,
-                  const Tensor product) {
+void glu_backward(const Tensor dy, const Tensor gate, const Tensor up, int64_t act, const Tensor dgate,
+                  const Tensor dup, const Tensor product) {
     const char* op = "glu_backward";
     for (const Tensor* t : {&dy, &up, &dgate, &dup, &product}) same_shape(op, gate, *t);
-    const Matrix dg = output(op, "dgate", dgate), du = output(op, "dup", dup), p = output(op, "product", product);
+    const Matrix dg = output(op, "dgate", dgate), du = output(op, "dup", dup),
+                 p = output(op, "product", product);
     const ConstMatrix d = input(op, "dy", dy), g = input(op, "gate", gate), u = input(op, "up", up);
     if (dg.rows && dg.cols)
         fastlora::cpu::glu_backward(d, g, u, activation(op, act), dg, du, p, run_on_torch_threads);
@@ -170,7 +183,8 @@ void lora_shrink(const Tensor x, const Tensor a, bool a_transposed, const MaybeT
 }
 
 void lora_expand(const Tensor y, const Tensor s, const Tensor b, bool b_transposed, const MaybeTensor bits,
-                 double mask_scale, double scale, const MaybeTensor gain, const MaybeTensor offset, const Tensor out) {
+                 double mask_scale, double scale, const MaybeTensor gain, const MaybeTensor offset,
+                 const Tensor out) {
     const char* op = "lora_expand";
     const ConstMatrix from = input(op, "y", y), in = input(op, "s", s), factor = input(op, "b", b);
     const Matrix o = output(op, "out", out);
@@ -182,7 +196,8 @@ void lora_expand(const Tensor y, const Tensor s, const Tensor b, bool b_transpos
                     op, ": b does not fit s and y");
     const DropoutMask m = mask(op, bits, mask_scale, o.rows, o.cols);
     if (o.rows && o.cols)
-        fastlora::cpu::lora_expand(from, in, factor, b_transposed, m, (float)scale, maybe_floats(op, "gain", gain, o.cols),
+        fastlora::cpu::lora_expand(from, in, factor, b_transposed, m, (float)scale,
+                                   maybe_floats(op, "gain", gain, o.cols),
                                    maybe_floats(op, "offset", offset, o.cols), o, run_on_torch_threads);
 }
 
@@ -198,8 +213,8 @@ void lora_grad(const Tensor s, const Tensor x, const MaybeTensor bits, double ma
 }
 
 void check_factors(const char* op, const ConstMatrix& a, const ConstMatrix& b, int64_t rows, int64_t cols) {
-    STD_TORCH_CHECK(a.cols == cols && b.rows == rows && a.rows == b.cols, op, ": a [R, I] and b [O, R] do not fit the weight [",
-                    rows, ", ", cols, "]");
+    STD_TORCH_CHECK(a.cols == cols && b.rows == rows && a.rows == b.cols, op,
+                    ": a [R, I] and b [O, R] do not fit the weight [", rows, ", ", cols, "]");
 }
 
 float* norms(const char* op, const Tensor& out, int64_t rows) {
@@ -215,13 +230,14 @@ void dora_norm(const Tensor w, const Tensor a, const Tensor b, double scale, con
 }
 
 void dora_norm_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
-                    const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize, int64_t nested_blocksize, bool fp4,
-                    int64_t dtype, const Tensor a, const Tensor b, double scale, const Tensor out) {
+                    const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize,
+                    int64_t nested_blocksize, bool fp4, int64_t dtype, const Tensor a, const Tensor b,
+                    double scale, const Tensor out) {
     const char* op = "dora_norm_4bit";
     const ConstMatrix fa = input(op, "a", a), fb = input(op, "b", b);
     STD_TORCH_CHECK(dtype >= 0 && dtype <= 2, op, ": dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize, nested_blocksize,
-                                     fp4, fb.rows, fa.cols);
+    const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize,
+                                     nested_blocksize, fp4, fb.rows, fa.cols);
     check_factors(op, fa, fb, w.rows, w.cols);
     fastlora::cpu::dora_norm_4bit(w, static_cast<DType>(dtype), fa, fb, (float)scale, norms(op, out, w.rows),
                                   run_on_torch_threads);
@@ -243,7 +259,8 @@ void dropout_apply(const Tensor x, const Tensor bits, double mask_scale, const T
     if (in.rows && in.cols) fastlora::cpu::dropout_apply(in, m, output(op, "out", out), run_on_torch_threads);
 }
 
-// torch.get_rng_state() of a CPU generator: seed (8 bytes), left (4), seeded (4), next (8), then 624 words, 8 bytes each.
+// torch.get_rng_state() of a CPU generator: seed (8 bytes), left (4), seeded (4), next (8), then 624 words, 8
+// bytes each.
 constexpr int64_t left_at = 8, next_at = 16, words_at = 24, word_count = 624;
 
 void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, const Tensor bits) {
@@ -267,10 +284,11 @@ void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, c
 
 }  // namespace
 
-// ---- schemas --------------------------------------------------------------------------------------------------------
+// ---- schemas
+// --------------------------------------------------------------------------------------------------------
 
-#define FASTLORA_PACKED_4BIT                                                                                    \
-    "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset, "          \
+#define FASTLORA_PACKED_4BIT                                                                            \
+    "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset, " \
     "int blocksize, int nested_blocksize, bool fp4, "
 
 STABLE_TORCH_LIBRARY(pyfastlora, m) {
@@ -285,17 +303,21 @@ STABLE_TORCH_LIBRARY(pyfastlora, m) {
         "lora_shrink(Tensor x, Tensor a, bool a_transposed, Tensor? mask, float mask_scale, float scale, "
         "Tensor(a!) out) -> ()");
     m.def(
-        "lora_expand(Tensor y, Tensor s, Tensor b, bool b_transposed, Tensor? mask, float mask_scale, float scale, "
+        "lora_expand(Tensor y, Tensor s, Tensor b, bool b_transposed, Tensor? mask, float mask_scale, float "
+        "scale, "
         "Tensor? gain, Tensor? offset, Tensor(a!) out) -> ()");
     m.def("lora_grad(Tensor s, Tensor x, Tensor? mask, float mask_scale, Tensor(a!) out) -> ()");
     m.def("dora_norm(Tensor w, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
-    m.def("dora_norm_4bit(" FASTLORA_PACKED_4BIT "int dtype, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
+    m.def("dora_norm_4bit(" FASTLORA_PACKED_4BIT
+          "int dtype, Tensor a, Tensor b, float scale, Tensor(a!) out) -> ()");
     m.def("dora_grad(Tensor dy, Tensor z, Tensor gain, Tensor(a!) dz, Tensor(b!) dgain) -> ()");
     m.def("dropout_apply(Tensor x, Tensor mask, float mask_scale, Tensor(a!) out) -> ()");
     m.def("dropout_mask(Tensor(a!) state, float keep, int rows, int cols, Tensor(b!) bits) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CompositeExplicitAutograd, m) { m.impl("cpu_level", TORCH_BOX(&cpu_level)); }
+STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CompositeExplicitAutograd, m) {
+    m.impl("cpu_level", TORCH_BOX(&cpu_level));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CPU, m) {
     m.impl("dequant_4bit", TORCH_BOX(&dequant_4bit));

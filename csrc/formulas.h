@@ -1,19 +1,22 @@
 // Maths shared by every backend: the 4-bit tables, the activations of the GLU and their derivatives.
 //
-// No include guard below the tables: on a CPU this file is included inside the namespace of each instruction set, so
-// that vectors wider than the baseline are not split. M supplies the arithmetic: V, of(constant), one, min, exp, erf and positive.
+// No include guard below the tables: on a CPU this file is included inside the namespace of each instruction
+// set, so that vectors wider than the baseline are not split. M supplies the arithmetic: V, of(constant),
+// one, min, exp, erf and positive.
 
 #ifndef FASTLORA_FORMULAS_TABLES
 #define FASTLORA_FORMULAS_TABLES
-// Quantiles of N(0, 1) scaled to [-1, 1] (Dettmers et al. 2023, appendix E; the same float32 values as bitsandbytes).
-#define FASTLORA_NF4_VALUES                                                                                        \
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,               \
-        -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,            \
-        0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f
+// Quantiles of N(0, 1) scaled to [-1, 1] (Dettmers et al. 2023, appendix E; the same float32 values as
+// bitsandbytes).
+#define FASTLORA_NF4_VALUES                                                                             \
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,    \
+        -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, \
+        0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,          \
+        0.7229568362236023f, 1.0f
 // Sign, two exponent bits, one mantissa bit; divided by the largest magnitude, 12, in float32.
-#define FASTLORA_FP4_VALUES                                                                                         \
-    0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12, -8.0f / 12, \
-        -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12
+#define FASTLORA_FP4_VALUES                                                                                \
+    0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12, 3.0f / 12, -0.0f, -0.0625f / 12, \
+        -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12
 #endif
 
 #ifndef FASTLORA_INLINE

@@ -2,8 +2,10 @@
 //
 // Promises the callers (bindings.cpp, csrc/tests) keep, so that launchers need not check them:
 //   - columns are packed (stride 1); rows may have any pitch, given in elements;
-//   - 4-bit weights are stored as bitsandbytes does: element i of the flattened [rows, cols] weight is the high nibble of
-//     byte i / 2 for even i, the low one for odd i, and belongs to block i / blocksize; blocks may straddle rows;
+//   - 4-bit weights are stored as bitsandbytes does: element i of the flattened [rows, cols] weight is the
+//   high nibble of
+//     byte i / 2 for even i, the low one for odd i, and belongs to block i / blocksize; blocks may straddle
+//     rows;
 //   - outputs overlap no input, except where a comment says "in place".
 #pragma once
 
@@ -26,7 +28,8 @@ struct Matrix {
     int64_t rows, cols, pitch;
 };
 
-// One bit per element, little endian inside a byte, rows padded to whole 16-bit words: 1 keeps the element. Null: keep all.
+// One bit per element, little endian inside a byte, rows padded to whole 16-bit words: 1 keeps the element.
+// Null: keep all.
 struct DropoutMask {
     const uint8_t* bits;
     int64_t pitch;  // bytes per row
@@ -36,52 +39,57 @@ struct DropoutMask {
 struct Packed4bit {
     const uint8_t* packed;
     const float* absmax;          // [blocks], or null when nested
-    const uint8_t* absmax_codes;  // [blocks], nested: nested_code[code] * nested_absmax[block / nested_blocksize] + nested_offset
+    const uint8_t* absmax_codes;  // [blocks], nested: nested_code[code] * nested_absmax[block /
+                                  // nested_blocksize] + nested_offset
     const float* nested_code;     // [256]
     const float* nested_absmax;
-    const float* nested_offset;   // one value
+    const float* nested_offset;  // one value
     int64_t blocksize, nested_blocksize;
     bool fp4;  // else NF4
     int64_t rows, cols;
 };
 
-// Runs body(context, begin, end) over [0, count) in pieces of at least `grain`, on torch's threads or anybody else's.
-using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end),
-                             void* context);
+// Runs body(context, begin, end) over [0, count) in pieces of at least `grain`, on torch's threads or anybody
+// else's.
+using ParallelFor = void (*)(int64_t count, int64_t grain,
+                             void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
 template <class Body>
 void parallel(ParallelFor run, int64_t count, int64_t grain, Body body) {
-    run(count, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); },
-        &body);
+    run(
+        count, grain,
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
 namespace cpu {
 
-// Instruction set in use: 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, VL, DQ). FASTLORA_CPU_LEVEL may lower it.
+// Instruction set in use: 0 portable, 1 AVX2 + FMA + F16C, 2 AVX-512 (F, BW, VL, DQ), 3 also AMX tiles and
+// AVX-512 BF16. FASTLORA_CPU_LEVEL may lower it.
 int level();
 
 // out = rows [row, row + out.rows) and columns [col, col + out.cols) of the weight.
 void dequant_4bit(const Packed4bit& w, int64_t row, int64_t col, const Matrix& out, ParallelFor run);
 
-// out [T, O] = x [T, I] W^T, accumulated in float32. Meant for a few rows of x: every weight is decoded once per 4 rows.
+// out [T, O] = x [T, I] W^T, accumulated in float32. Meant for a few rows of x: every weight is decoded once
+// per 4 rows.
 void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, const Matrix& out, ParallelFor run);
 
 // out = act(gate) * up.
 void glu_forward(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out, ParallelFor run);
 
 // dgate = dy * up * act'(gate), dup = dy * act(gate), product = act(gate) * up.
-void glu_backward(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& dgate,
-                  const Matrix& dup, const Matrix& product, ParallelFor run);
+void glu_backward(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act,
+                  const Matrix& dgate, const Matrix& dup, const Matrix& product, ParallelFor run);
 
 // out [T, R] f32 = scale * D(x [T, I]) a^T, a is [R, I], or [I, R] when a_transposed.
-void lora_shrink(const ConstMatrix& x, const ConstMatrix& a, bool a_transposed, const DropoutMask& mask, float scale,
-                 const Matrix& out, ParallelFor run);
+void lora_shrink(const ConstMatrix& x, const ConstMatrix& a, bool a_transposed, const DropoutMask& mask,
+                 float scale, const Matrix& out, ParallelFor run);
 
-// out [T, O] = gain * (y + scale * D(s [T, R] b^T)) + offset; b is [O, R], or [R, O] when b_transposed; gain and offset
-// f32 [O] or null. out may be y: in place.
+// out [T, O] = gain * (y + scale * D(s [T, R] b^T)) + offset; b is [O, R], or [R, O] when b_transposed; gain
+// and offset f32 [O] or null. out may be y: in place.
 void lora_expand(const ConstMatrix& y, const ConstMatrix& s, const ConstMatrix& b, bool b_transposed,
-                 const DropoutMask& mask, float scale, const float* gain, const float* offset, const Matrix& out,
-                 ParallelFor run);
+                 const DropoutMask& mask, float scale, const float* gain, const float* offset,
+                 const Matrix& out, ParallelFor run);
 
 // out [R, I] f32 = s [T, R]^T D(x [T, I]): gradients of the rank-r factors.
 void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, const Matrix& out,
@@ -90,8 +98,8 @@ void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& ma
 // out [O] = ||W_o + scale * (B A)_o|| from W dense or packed, A [R, I], B [O, R].
 void dora_norm(const ConstMatrix& w, const ConstMatrix& a, const ConstMatrix& b, float scale, float* out,
                ParallelFor run);
-void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b, float scale,
-                    float* out, ParallelFor run);
+void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b,
+                    float scale, float* out, ParallelFor run);
 
 // dz = dy * gain per column; dgain [O] = sum over rows of dy * z. f32 sums.
 void dora_grad(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz, float* dgain,
@@ -100,7 +108,8 @@ void dora_grad(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, c
 // out = D(x); out may be x.
 void dropout_apply(const ConstMatrix& x, const DropoutMask& mask, const Matrix& out, ParallelFor run);
 
-// Bits of torch's CPU bernoulli_(keep), row by row, from an mt19937 state that is advanced in place. Serial by nature.
+// Bits of torch's CPU bernoulli_(keep), row by row, from an mt19937 state that is advanced in place. Serial
+// by nature.
 struct Mt19937 {
     uint32_t* words;  // [624]
     int32_t left;     // words still unused before the next twist, as torch counts them

@@ -1,8 +1,9 @@
-// Decoding of bitsandbytes' 4-bit blocks, shared by every kernel that reads packed weights. Included per level.
+// Decoding of bitsandbytes' 4-bit blocks, shared by every kernel that reads packed weights. Included per
+// level.
 //
-// value = code[nibble] * absmax[block], in float32, rounded once to the output type: bit-equal to bitsandbytes at every
-// level. A block has one scale and 16 codes, so its 16 possible values are rounded once into a table (16-bit types) and
-// the elements become table look-ups.
+// value = code[nibble] * absmax[block], in float32, rounded once to the output type: bit-equal to
+// bitsandbytes at every level. A block has one scale and 16 codes, so its 16 possible values are rounded once
+// into a table (16-bit types) and the elements become table look-ups.
 
 namespace fastlora::FASTLORA_LEVEL {
 
@@ -23,7 +24,8 @@ FASTLORA_INLINE float rounded(float value) {
 
 FASTLORA_INLINE float block_absmax(const Packed4bit& w, int64_t block) {
     if (w.absmax) return w.absmax[block];
-    const float scaled = rounded(w.nested_code[w.absmax_codes[block]] * w.nested_absmax[block / w.nested_blocksize]);
+    const float scaled =
+        rounded(w.nested_code[w.absmax_codes[block]] * w.nested_absmax[block / w.nested_blocksize]);
     return scaled + *w.nested_offset;
 }
 
@@ -41,7 +43,8 @@ FASTLORA_INLINE Table<T> block_table(const float* codes, float absmax) {
 
 // Elements [at, at + count) of the flattened weight, all of one block.
 template <class T>
-FASTLORA_INLINE void decode_run(const uint8_t* packed, int64_t at, int64_t count, const Table<T>& table, T* out) {
+FASTLORA_INLINE void decode_run(const uint8_t* packed, int64_t at, int64_t count, const Table<T>& table,
+                                T* out) {
     int64_t i = 0;
     if ((at & 1) && count > 0) out[i++] = table.values[packed[at >> 1] & 15];
     const uint8_t* bytes = packed + ((at + i) >> 1);
@@ -94,8 +97,8 @@ FASTLORA_INLINE void decode_run(const uint8_t* packed, int64_t at, int64_t count
             const __m128i even = _mm_and_si128(_mm_srli_epi16(b, 4), nibble), odd = _mm_and_si128(b, nibble);
             const __m256i index = _mm256_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
             const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // sign bit: index >= 8
-            const __m256 values =
-                _mm256_blendv_ps(_mm256_permutevar8x32_ps(v0, index), _mm256_permutevar8x32_ps(v1, index), upper);
+            const __m256 values = _mm256_blendv_ps(_mm256_permutevar8x32_ps(v0, index),
+                                                   _mm256_permutevar8x32_ps(v1, index), upper);
             _mm256_storeu_ps((float*)(out + i), values);
         }
     }

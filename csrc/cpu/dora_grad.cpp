@@ -1,20 +1,21 @@
 // dora_grad: dz = dy * gain, dgain = sum over rows of dy * z
 //
-// The magnitude's part of DoRA's backward, one pass over dy and z. Threads share the columns, so that no partial sums have
-// to be added afterwards. Bound by memory: three passes over [T, O].
+// The magnitude's part of DoRA's backward, one pass over dy and z. Threads share the columns, so that no
+// partial sums have to be added afterwards. Bound by memory: three passes over [T, O].
 #ifdef FASTLORA_LEVEL
 namespace fastlora::FASTLORA_LEVEL {
 
 constexpr int64_t dora_cols = 128;
 
 template <class T>
-void dora_columns_as(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz, float* dgain,
-                     int64_t begin, int64_t end) {
+void dora_columns_as(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz,
+                     float* dgain, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
         const int64_t c0 = block * dora_cols, cols = z.cols - c0 < dora_cols ? z.cols - c0 : dora_cols;
         float sums[dora_cols] = {};
         for (int64_t t = 0; t < z.rows; ++t) {
-            const T *dy_row = (const T*)dy.data + t * dy.pitch + c0, *z_row = (const T*)z.data + t * z.pitch + c0;
+            const T *dy_row = (const T*)dy.data + t * dy.pitch + c0,
+                    *z_row = (const T*)z.data + t * z.pitch + c0;
             T* dz_row = (T*)dz.data + t * dz.pitch + c0;
             int64_t i = 0;
             for (; i + lanes <= cols; i += lanes) {
@@ -32,14 +33,16 @@ void dora_columns_as(const ConstMatrix& dy, const ConstMatrix& z, const float* g
     }
 }
 
-void dora_columns(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz, float* dgain,
-                  int64_t begin, int64_t end) {
+void dora_columns(const ConstMatrix& dy, const ConstMatrix& z, const float* gain, const Matrix& dz,
+                  float* dgain, int64_t begin, int64_t end) {
     if (z.dtype == DType::f32) return dora_columns_as<float>(dy, z, gain, dz, dgain, begin, end);
     if (z.dtype == DType::bf16) return dora_columns_as<bf16>(dy, z, gain, dz, dgain, begin, end);
     dora_columns_as<f16>(dy, z, gain, dz, dgain, begin, end);
 }
 
-int64_t dora_block() { return dora_cols; }
+int64_t dora_block() {
+    return dora_cols;
+}
 
 }  // namespace fastlora::FASTLORA_LEVEL
 #else

@@ -1,7 +1,8 @@
 // dora_norm: out[o] = ||W_o + s (B A)_o|| = sqrt(||W_o||^2 + 2 s <W_o A^T, B_o> + s^2 B_o (A A^T) B_o^T)
 //
-// One pass over W, dense or packed, gives both ||W_o||^2 and W_o A^T, so nothing about W is cached and B A is never made.
-// Bound by the 2 O I r flops of W A^T in float32. The three terms cancel only where s B A is nearly -W.
+// One pass over W, dense or packed, gives both ||W_o||^2 and W_o A^T, so nothing about W is cached and B A is
+// never made. Bound by the 2 O I r flops of W A^T in float32. The three terms cancel only where s B A is
+// nearly -W.
 #ifdef FASTLORA_LEVEL
 #include "decode_4bit.h"
 #include "skinny.h"
@@ -20,7 +21,8 @@ struct DenseRows {
 template <class T>
 struct PackedRows {
     const Packed4bit& w;
-    FASTLORA_INLINE void widen_into(const PackedRows& rows, int64_t row, int64_t col, int64_t depth, float* out) {
+    FASTLORA_INLINE void widen_into(const PackedRows& rows, int64_t row, int64_t col, int64_t depth,
+                                    float* out) {
         alignas(64) T decoded[depth_block];  // rounded to the weight's dtype, as a dense copy would be
         decode(rows.w, row * rows.w.cols + col, depth, decoded);
         widen(decoded, depth, nullptr, 0, 1.0f, out);
@@ -71,9 +73,9 @@ void norm_rows_as(const Rows& w, int64_t cols, const float* packed_a, const floa
     }
 }
 
-void norm_rows(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t cols, const float* packed_a,
-               const float* gram, const float* wide_b, int64_t ranks, float scale, float* scratch, float* out,
-               int64_t begin, int64_t end) {
+void norm_rows(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t cols,
+               const float* packed_a, const float* gram, const float* wide_b, int64_t ranks, float scale,
+               float* scratch, float* out, int64_t begin, int64_t end) {
     auto over = [&](const auto& rows) {
         norm_rows_as(rows, cols, packed_a, gram, wide_b, ranks, scale, scratch, out, begin, end);
     };
@@ -97,13 +99,17 @@ void gram_of(const float* packed_a, int64_t cols, int64_t ranks, float* gram) {
         for (int64_t k0 = 0; k0 < cols; k0 += depth_block) {
             const int64_t depth = cols - k0 < depth_block ? cols - k0 : depth_block;
             for (int64_t t = 0; t < rows; ++t)
-                for (int64_t k = 0; k < depth; ++k) wide[t * depth_block + k] = packed_a[(k0 + k) * width + j0 + t];
-            multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, gram + j0 * width, width);
+                for (int64_t k = 0; k < depth; ++k)
+                    wide[t * depth_block + k] = packed_a[(k0 + k) * width + j0 + t];
+            multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth,
+                          gram + j0 * width, width);
         }
     }
 }
 
-int64_t norm_width(int64_t ranks) { return padded(ranks); }
+int64_t norm_width(int64_t ranks) {
+    return padded(ranks);
+}
 void pack_norm_factors(const ConstMatrix& a, const ConstMatrix& b, float* packed_a, float* wide_b) {
     pack_factor(a, false, packed_a);
     pack_factor(b, true, wide_b);  // "transposed" with respect to [ranks, O]: rows of b as they are, padded
@@ -129,7 +135,8 @@ static void norm(const ConstMatrix* dense, const Packed4bit* packed, DType dtype
     const int64_t grain = 8 + (1 << 19) / (cols * width + 1) / 8 * 8;  // ~0.5 M multiply-adds, some 10 us
     parallel(run, rows, grain, [&](int64_t begin, int64_t end) {
         static thread_local Scratch own;
-        body(dense, packed, dtype, cols, packed_a, gram, wide_b, ranks, scale, own.floats(16 * width), out, begin, end);
+        body(dense, packed, dtype, cols, packed_a, gram, wide_b, ranks, scale, own.floats(16 * width), out,
+             begin, end);
     });
 }
 
@@ -138,8 +145,8 @@ void dora_norm(const ConstMatrix& w, const ConstMatrix& a, const ConstMatrix& b,
     norm(&w, nullptr, w.dtype, w.rows, w.cols, a, b, scale, out, run);
 }
 
-void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b, float scale,
-                    float* out, ParallelFor run) {
+void dora_norm_4bit(const Packed4bit& w, DType weight_dtype, const ConstMatrix& a, const ConstMatrix& b,
+                    float scale, float* out, ParallelFor run) {
     norm(nullptr, &w, weight_dtype, w.rows, w.cols, a, b, scale, out, run);
 }
 

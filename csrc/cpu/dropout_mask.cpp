@@ -1,9 +1,10 @@
 // dropout_mask: the bits of torch's CPU bernoulli_(keep), bit for bit, from the same mt19937 state
 //
-// torch draws one 64-bit number per element, its first 32-bit word on top, keeps 53 bits and compares u = v / 2^53 with
-// `keep`: serially, 4.8 ns an element. Here the generator's 624 words are twisted, tempered and compared as vectors (their
-// recurrence reaches back 227 words at least) and the answers packed 8 to a byte. Source of the recurrence: Matsumoto and
-// Nishimura 1998; of the draw: ATen/core/MT19937RNGEngine.h and TransformationHelper.h.
+// torch draws one 64-bit number per element, its first 32-bit word on top, keeps 53 bits and compares u = v /
+// 2^53 with `keep`: serially, 4.8 ns an element. Here the generator's 624 words are twisted, tempered and
+// compared as vectors (their recurrence reaches back 227 words at least) and the answers packed 8 to a byte.
+// Source of the recurrence: Matsumoto and Nishimura 1998; of the draw: ATen/core/MT19937RNGEngine.h and
+// TransformationHelper.h.
 #ifdef FASTLORA_LEVEL
 namespace fastlora::FASTLORA_LEVEL {
 
@@ -63,7 +64,8 @@ struct Packer {
     }
 };
 
-void draw_mask(cpu::Mt19937& state, uint64_t threshold, int64_t rows, int64_t cols, int64_t pitch, uint8_t* bits) {
+void draw_mask(cpu::Mt19937& state, uint64_t threshold, int64_t rows, int64_t cols, int64_t pitch,
+               uint8_t* bits) {
     uint32_t words[state_words + 1];
     uint8_t flags[state_words / 2 + 1];
     Packer packer{bits, cols, pitch};

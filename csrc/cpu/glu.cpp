@@ -1,9 +1,9 @@
 // glu_forward:  y = act(gate) * up
 // glu_backward: dgate = dy * up * act'(gate), dup = dy * act(gate), product = act(gate) * up
 //
-// Each tensor is read or written once (3 passes forward, 6 backward), everything between is float32 in registers. The
-// backward gives the product again because the gradient of the next projection's factor needs it and nobody kept it.
-// Levels differ in the last bit, through fused multiply-adds.
+// Each tensor is read or written once (3 passes forward, 6 backward), everything between is float32 in
+// registers. The backward gives the product again because the gradient of the next projection's factor needs
+// it and nobody kept it. Levels differ in the last bit, through fused multiply-adds.
 #ifdef FASTLORA_LEVEL
 namespace fastlora::FASTLORA_LEVEL {
 
@@ -19,7 +19,8 @@ FASTLORA_INLINE Activated<vf> activate(vf x) {
 }
 
 template <class T, Act act>
-void forward_rows(const ConstMatrix& gate, const ConstMatrix& up, const Matrix& out, int64_t begin, int64_t end) {
+void forward_rows(const ConstMatrix& gate, const ConstMatrix& up, const Matrix& out, int64_t begin,
+                  int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
         const T *g = (const T*)gate.data + t * gate.pitch, *u = (const T*)up.data + t * up.pitch;
         T* y = (T*)out.data + t * out.pitch;
@@ -67,11 +68,16 @@ void backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMa
 template <class T, class F>
 void by_act(Act act, const F& f) {
     switch (act) {
-        case Act::silu: return f.template run<T, Act::silu>();
-        case Act::gelu: return f.template run<T, Act::gelu>();
-        case Act::gelu_tanh: return f.template run<T, Act::gelu_tanh>();
-        case Act::relu: return f.template run<T, Act::relu>();
-        case Act::relu2: return f.template run<T, Act::relu2>();
+        case Act::silu:
+            return f.template run<T, Act::silu>();
+        case Act::gelu:
+            return f.template run<T, Act::gelu>();
+        case Act::gelu_tanh:
+            return f.template run<T, Act::gelu_tanh>();
+        case Act::relu:
+            return f.template run<T, Act::relu>();
+        case Act::relu2:
+            return f.template run<T, Act::relu2>();
     }
 }
 
@@ -102,13 +108,14 @@ struct Backward {
     }
 };
 
-void glu_forward_rows(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out, int64_t begin,
-                      int64_t end) {
+void glu_forward_rows(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out,
+                      int64_t begin, int64_t end) {
     by_dtype_and_act(gate.dtype, act, Forward{gate, up, out, begin, end});
 }
 
 void glu_backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act,
-                       const Matrix& dgate, const Matrix& dup, const Matrix& product, int64_t begin, int64_t end) {
+                       const Matrix& dgate, const Matrix& dup, const Matrix& product, int64_t begin,
+                       int64_t end) {
     by_dtype_and_act(gate.dtype, act, Backward{dy, gate, up, dgate, dup, product, begin, end});
 }
 
@@ -119,16 +126,19 @@ void glu_backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const Con
 
 namespace fastlora::cpu {
 
-static int64_t grain(int64_t cols) { return 1 + (1 << 14) / (cols + 1); }  // 16k elements, some 10 us
+static int64_t grain(int64_t cols) {
+    return 1 + (1 << 14) / (cols + 1);
+}  // 16k elements, some 10 us
 
-void glu_forward(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out, ParallelFor run) {
+void glu_forward(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out,
+                 ParallelFor run) {
     const auto rows = FASTLORA_PICK(glu_forward_rows);
     parallel(run, out.rows, grain(out.cols),
              [&](int64_t begin, int64_t end) { rows(gate, up, act, out, begin, end); });
 }
 
-void glu_backward(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& dgate,
-                  const Matrix& dup, const Matrix& product, ParallelFor run) {
+void glu_backward(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act,
+                  const Matrix& dgate, const Matrix& dup, const Matrix& product, ParallelFor run) {
     const auto rows = FASTLORA_PICK(glu_backward_rows);
     parallel(run, dgate.rows, grain(dgate.cols),
              [&](int64_t begin, int64_t end) { rows(dy, gate, up, act, dgate, dup, product, begin, end); });

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../kernels.h"
+#include "amx.h"
 
 namespace fastlora::cpu {
 
@@ -13,10 +14,14 @@ static int detect() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        best = 2;
+        best = amx::available() ? 3 : 2;
 #endif
     const char* wanted = std::getenv("FASTLORA_CPU_LEVEL");
-    const int cap = !wanted ? best : !std::strcmp(wanted, "portable") ? 0 : !std::strcmp(wanted, "avx2") ? 1 : best;
+    const int cap = !wanted                            ? best
+                    : !std::strcmp(wanted, "portable") ? 0
+                    : !std::strcmp(wanted, "avx2")     ? 1
+                    : !std::strcmp(wanted, "avx512")   ? 2
+                                                       : best;
     return cap < best ? cap : best;
 }
 

@@ -1,10 +1,10 @@
 // Compiles one kernel file once per instruction set and picks the set at run time.
 //
-// A kernel file F.cpp has two halves: under FASTLORA_LEVEL its kernels, written once against vec.h; else its launchers,
-// preceded by `#define FASTLORA_KERNELS "F.cpp"` and this header. The pragmas give every function of the first half
-// the target of its level. Global -mavx512* flags would not do: they let wide encodings into code that must run on
-// any CPU. For the same reason the kernels call no inline function of the standard library: the linker keeps one copy
-// of such a function, of any level.
+// A kernel file F.cpp has two halves: under FASTLORA_LEVEL its kernels, written once against vec.h; else its
+// launchers, preceded by `#define FASTLORA_KERNELS "F.cpp"` and this header. The pragmas give every function
+// of the first half the target of its level. Global -mavx512* flags would not do: they let wide encodings
+// into code that must run on any CPU. For the same reason the kernels call no inline function of the standard
+// library: the linker keeps one copy of such a function, of any level.
 #include <cstdint>
 #include <cstring>
 
@@ -57,7 +57,7 @@ struct f16 {
 #undef FASTLORA_AVX512
 #pragma GCC pop_options
 
-#define FASTLORA_PICK(function)                                 \
+#define FASTLORA_PICK(function)                                     \
     (::fastlora::cpu::level() >= 2   ? ::fastlora::avx512::function \
      : ::fastlora::cpu::level() == 1 ? ::fastlora::avx2::function   \
                                      : ::fastlora::portable::function)

@@ -1,7 +1,7 @@
 // lora_expand: out [T, O] = gain * (y + scale * D(s [T, R] b^T)) + offset
 //
-// One read and one write per element of y: bound by these, or by the 2 T O R flops from about r = 16 on. Everything between
-// is float32 and rounded once, DoRA's gain and the biases included.
+// One read and one write per element of y: bound by these, or by the 2 T O R flops from about r = 16 on.
+// Everything between is float32 and rounded once, DoRA's gain and the biases included.
 #ifdef FASTLORA_LEVEL
 #include "skinny.h"
 
@@ -21,7 +21,8 @@ struct Expand {
     const Matrix& out;
 };
 
-// Rows [t0, t0 + rows) and columns [col, col + vectors * lanes) in registers; the last vector holds `tail` elements.
+// Rows [t0, t0 + rows) and columns [col, col + vectors * lanes) in registers; the last vector holds `tail`
+// elements.
 template <class T, int rows, int vectors>
 FASTLORA_INLINE void expand_tile(const Expand& e, int64_t t0, int64_t col, int64_t tail) {
     vf acc[rows][vectors] = {};
@@ -70,34 +71,52 @@ void expand_rows_as(const Expand& e, int64_t begin, int64_t end) {
 }
 
 void expand_rows(const ConstMatrix& y, const float* s, int64_t ranks, const float* packed, int64_t width,
-                 const DropoutMask& mask, float scale, const float* gain, const float* offset, const Matrix& out,
-                 int64_t begin, int64_t end) {
+                 const DropoutMask& mask, float scale, const float* gain, const float* offset,
+                 const Matrix& out, int64_t begin, int64_t end) {
     const Expand e{y, s, ranks, packed, width, mask, scale, gain, offset, out};
     if (y.dtype == DType::f32) return expand_rows_as<float>(e, begin, end);
     if (y.dtype == DType::bf16) return expand_rows_as<bf16>(e, begin, end);
     expand_rows_as<f16>(e, begin, end);
 }
 
-void pack_expand_factor(const ConstMatrix& b, bool transposed, float* packed) { pack_factor(b, transposed, packed); }
-int64_t expand_width(int64_t cols) { return padded(cols); }
+void pack_expand_factor(const ConstMatrix& b, bool transposed, float* packed) {
+    pack_factor(b, transposed, packed);
+}
+int64_t expand_width(int64_t cols) {
+    return padded(cols);
+}
 
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "lora_expand.cpp"
+#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
 
 namespace fastlora::cpu {
 
 void lora_expand(const ConstMatrix& y, const ConstMatrix& s, const ConstMatrix& b, bool b_transposed,
-                 const DropoutMask& mask, float scale, const float* gain, const float* offset, const Matrix& out,
-                 ParallelFor run) {
+                 const DropoutMask& mask, float scale, const float* gain, const float* offset,
+                 const Matrix& out, ParallelFor run) {
     static thread_local Scratch scratch;
+#ifdef FASTLORA_AMX
+    if (level() == 3 && y.dtype == DType::bf16) {
+        auto* packed = (uint16_t*)scratch.floats(amx::expand_factor_bytes(b, s.cols, y.cols) / 4);
+        amx::pack_expand_factor(b, b_transposed, s.cols, y.cols, packed);
+        const int parts = amx::expand_parts(b.dtype);
+        const int64_t grain = 1 + (1 << 17) / (32 * y.cols + 1);  // 128k elements of y, some 10 us
+        return parallel(run, (y.rows + 31) / 32, grain, [&](int64_t begin, int64_t end) {
+            amx::expand_blocks(y, (const float*)s.data, s.cols, packed, parts, mask, scale, gain, offset, out,
+                               begin, end);
+        });
+    }
+#endif
     const auto rows = FASTLORA_PICK(expand_rows);
     const int64_t width = FASTLORA_PICK(expand_width)(y.cols);
     float* packed = scratch.floats(s.cols * width);
     FASTLORA_PICK(pack_expand_factor)(b, b_transposed, packed);
-    const int64_t grain = 6 + (1 << 19) / (y.cols * (s.cols + 4) + 1) / 6 * 6;  // ~0.5 M multiply-adds, some 10 us
+    const int64_t grain =
+        6 + (1 << 19) / (y.cols * (s.cols + 4) + 1) / 6 * 6;  // ~0.5 M multiply-adds, some 10 us
     parallel(run, y.rows, grain, [&](int64_t begin, int64_t end) {
         rows(y, (const float*)s.data, s.cols, packed, width, mask, scale, gain, offset, out, begin, end);
     });

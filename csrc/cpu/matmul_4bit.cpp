@@ -1,7 +1,8 @@
 // matmul_4bit: out [T, O] = x [T, I] W^T from packed weights, for the few rows of a decoding step
 //
-// Bound by reading and decoding W: half a byte and one look-up per weight. A row of W is decoded 256 elements at a time
-// into x's dtype, as a dense copy would hold it, and meets 4 rows of x while in L1. Many rows belong to a GEMM.
+// Bound by reading and decoding W: half a byte and one look-up per weight. A row of W is decoded 256 elements
+// at a time into x's dtype, as a dense copy would hold it, and meets 4 rows of x while in L1. Many rows
+// belong to a GEMM.
 #ifdef FASTLORA_LEVEL
 #include "decode_4bit.h"
 
@@ -54,7 +55,8 @@ void widen_x(const ConstMatrix& x, float* wide) {
     widen_rows<f16>(x, wide);
 }
 
-void matmul_rows(const float* x, int64_t tokens, const Packed4bit& w, const Matrix& out, int64_t begin, int64_t end) {
+void matmul_rows(const float* x, int64_t tokens, const Packed4bit& w, const Matrix& out, int64_t begin,
+                 int64_t end) {
     if (out.dtype == DType::f32) return matmul_rows_as<float>(x, tokens, w, out, begin, end);
     if (out.dtype == DType::bf16) return matmul_rows_as<bf16>(x, tokens, w, out, begin, end);
     matmul_rows_as<f16>(x, tokens, w, out, begin, end);

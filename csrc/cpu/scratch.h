@@ -1,4 +1,5 @@
-// A thread's own float32 workspace: grows, is reused, never shrinks. Fresh memory would cost a page fault per 4 KB.
+// A thread's own float32 workspace: grows, is reused, never shrinks. Fresh memory would cost a page fault per
+// 4 KB.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 namespace fastlora {
 
 class Scratch {
-   public:
+  public:
     ~Scratch() { std::free(data_); }
     float* floats(int64_t count) {
         if (count > capacity_) {
@@ -20,7 +21,7 @@ class Scratch {
         return data_;
     }
 
-   private:
+  private:
     float* data_ = nullptr;
     int64_t capacity_ = 0;
 };

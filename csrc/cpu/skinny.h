@@ -1,28 +1,33 @@
-// Products with one side of rank r, in float32: the common core of lora_shrink, lora_expand, lora_grad and dora_norm.
-// Included per level.
+// Products with one side of rank r, in float32: the common core of lora_shrink, lora_expand, lora_grad and
+// dora_norm. Included per level.
 //
-// Rows of x are widened to float32 a block at a time (mask applied on the way) and meet the factor, packed as [K, ranks]
-// with ranks padded to whole vectors. Register tiles of 8 rows x 2 vectors keep both FMA ports busy: at r = 16 the
-// product is bound by arithmetic in float32, by reading x once otherwise.
+// Rows of x are widened to float32 a block at a time (mask applied on the way) and meet the factor, packed as
+// [K, ranks] with ranks padded to whole vectors. Register tiles of 8 rows x 2 vectors keep both FMA ports
+// busy: at r = 16 the product is bound by arithmetic in float32, by reading x once otherwise.
 
 namespace fastlora::FASTLORA_LEVEL {
 
-// Columns of x in flight, and the longest chain of float32 additions: at 256 the error is 2.5e-7, at 64 half of that, as
-// small as the vendor's.
+// Columns of x in flight, and the longest chain of float32 additions: at 256 the error is 2.5e-7, at 64 half
+// of that, as small as the vendor's.
 constexpr int64_t depth_block = 64;
 constexpr int row_tile = 8;
-constexpr int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+constexpr int64_t padded(int64_t n) {
+    return (n + lanes - 1) / lanes * lanes;
+}
 
 template <class T>
 FASTLORA_INLINE float to_float(const T* p) {
     return load(p, 1)[0];
 }
-FASTLORA_INLINE float to_float(const float* p) { return *p; }
+FASTLORA_INLINE float to_float(const float* p) {
+    return *p;
+}
 
 // packed[k * padded(r) + j] = a[j, k]: the factor as [K, ranks], zeros in the padding.
 template <class T>
 FASTLORA_INLINE void pack_factor_as(const ConstMatrix& a, bool transposed, float* packed) {
-    const int64_t ranks = transposed ? a.cols : a.rows, depth = transposed ? a.rows : a.cols, width = padded(ranks);
+    const int64_t ranks = transposed ? a.cols : a.rows, depth = transposed ? a.rows : a.cols,
+                  width = padded(ranks);
     const T* data = (const T*)a.data;
     if (transposed) {
         for (int64_t k = 0; k < depth; ++k)
@@ -46,9 +51,11 @@ FASTLORA_INLINE void pack_factor_as(const ConstMatrix& a, bool transposed, float
     }
 }
 
-// out[i] = x[i] in float32, masked and scaled when bits are given; at = column of x[0], a multiple of 16 when masked.
+// out[i] = x[i] in float32, masked and scaled when bits are given; at = column of x[0], a multiple of 16 when
+// masked.
 template <class T>
-FASTLORA_INLINE void widen(const T* x, int64_t count, const uint8_t* bits, int64_t at, float scale, float* out) {
+FASTLORA_INLINE void widen(const T* x, int64_t count, const uint8_t* bits, int64_t at, float scale,
+                           float* out) {
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes) {
         vf v = load(x + i);
@@ -64,8 +71,8 @@ FASTLORA_INLINE void widen(const T* x, int64_t count, const uint8_t* bits, int64
 
 // out [rows, vectors * lanes] += x [rows, depth] packed [depth, ..]: one register tile.
 template <int rows, int vectors>
-FASTLORA_INLINE void tile(const float* x, int64_t x_pitch, const float* packed, int64_t packed_pitch, int64_t depth,
-                          float* out, int64_t out_pitch) {
+FASTLORA_INLINE void tile(const float* x, int64_t x_pitch, const float* packed, int64_t packed_pitch,
+                          int64_t depth, float* out, int64_t out_pitch) {
     vf acc[rows][vectors];
     for (int t = 0; t < rows; ++t)
         for (int v = 0; v < vectors; ++v) acc[t][v] = vf{};
@@ -84,11 +91,13 @@ FASTLORA_INLINE void tile(const float* x, int64_t x_pitch, const float* packed, 
         }
 }
 
-// out [rows, columns] += x [rows, depth] packed [depth, columns]; rows <= row_tile, all float32, columns in whole vectors.
-// Not inlined: one copy a level keeps the build short, and a call costs nothing beside 256 steps of a tile.
-__attribute__((noinline, unused)) static void multiply_rows(const float* x, int64_t x_pitch, int64_t rows, const float* packed,
-                                   int64_t packed_pitch, int64_t columns, int64_t depth, float* out,
-                                   int64_t out_pitch) {
+// out [rows, columns] += x [rows, depth] packed [depth, columns]; rows <= row_tile, all float32, columns in
+// whole vectors. Not inlined: one copy a level keeps the build short, and a call costs nothing beside 256
+// steps of a tile.
+__attribute__((noinline, unused)) static void multiply_rows(const float* x, int64_t x_pitch, int64_t rows,
+                                                            const float* packed, int64_t packed_pitch,
+                                                            int64_t columns, int64_t depth, float* out,
+                                                            int64_t out_pitch) {
     for (int64_t j = 0; j < columns; j += 2 * lanes) {
         const bool pair = columns - j >= 2 * lanes;
         if (rows == row_tile && pair)
@@ -98,13 +107,16 @@ __attribute__((noinline, unused)) static void multiply_rows(const float* x, int6
         else
             for (int64_t t = 0; t < rows; ++t)
                 if (pair)
-                    tile<1, 2>(x + t * x_pitch, 0, packed + j, packed_pitch, depth, out + t * out_pitch + j, 0);
+                    tile<1, 2>(x + t * x_pitch, 0, packed + j, packed_pitch, depth, out + t * out_pitch + j,
+                               0);
                 else
-                    tile<1, 1>(x + t * x_pitch, 0, packed + j, packed_pitch, depth, out + t * out_pitch + j, 0);
+                    tile<1, 1>(x + t * x_pitch, 0, packed + j, packed_pitch, depth, out + t * out_pitch + j,
+                               0);
     }
 }
 
-__attribute__((noinline, unused)) static void pack_factor(const ConstMatrix& a, bool transposed, float* packed) {
+__attribute__((noinline, unused)) static void pack_factor(const ConstMatrix& a, bool transposed,
+                                                          float* packed) {
     if (a.dtype == DType::f32) return pack_factor_as<float>(a, transposed, packed);
     if (a.dtype == DType::bf16) return pack_factor_as<bf16>(a, transposed, packed);
     pack_factor_as<f16>(a, transposed, packed);

@@ -1,5 +1,5 @@
-// Vectors of one level: FASTLORA_LANES floats, loads and stores that convert, exp and erf. Included by levels.h, once per
-// level and therefore without a guard.
+// Vectors of one level: FASTLORA_LANES floats, loads and stores that convert, exp and erf. Included by
+// levels.h, once per level and therefore without a guard.
 
 namespace fastlora::FASTLORA_LEVEL {
 
@@ -10,9 +10,12 @@ typedef int32_t vi __attribute__((vector_size(4 * FASTLORA_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * FASTLORA_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * FASTLORA_LANES)));
 
-FASTLORA_INLINE vf splat(float value) { return value - vf{}; }
+FASTLORA_INLINE vf splat(float value) {
+    return value - vf{};
+}
 
-// ---- load and store -----------------------------------------------------------------------------------------------
+// ---- load and store
+// -----------------------------------------------------------------------------------------------
 
 FASTLORA_INLINE vf load(const float* p) {
     vf v;
@@ -67,7 +70,9 @@ FASTLORA_INLINE vf load(const f16* p) {
 #endif
 }
 
-FASTLORA_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+FASTLORA_INLINE void store(float* p, vf v) {
+    std::memcpy(p, &v, sizeof v);
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 FASTLORA_INLINE vh to_bf16(vf v) {
@@ -114,8 +119,8 @@ FASTLORA_INLINE void store(T* p, vf v, int64_t n) {
     std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// Elements of a bit mask starting at element `at` of a row, as 0 or `scale`. `at` is a multiple of lanes, or the bits
-// that follow are not looked at.
+// Elements of a bit mask starting at element `at` of a row, as 0 or `scale`. `at` is a multiple of lanes, or
+// the bits that follow are not looked at.
 FASTLORA_INLINE vf mask_scale(const uint8_t* bits, int64_t at, float scale) {
     vi lane;
     for (int i = 0; i < lanes; ++i) lane[i] = 1 << i;
@@ -137,7 +142,8 @@ FASTLORA_INLINE float sum(vf v) {
     return total;
 }
 
-// ---- exp and erf --------------------------------------------------------------------------------------------------
+// ---- exp and erf
+// --------------------------------------------------------------------------------------------------
 
 // e^x = 2^n e^r, |r| <= ln(2) / 2, with a degree-6 polynomial for e^r: within 1 ulp of float32.
 FASTLORA_INLINE vf vexp(vf x) {
