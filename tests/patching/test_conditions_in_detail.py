@@ -333,10 +333,11 @@ def test_l14_jit_trace() -> None:
     assert torch.equal(traced(2 * x), peft(2 * x))
 
 
-def test_l14_export() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_l14_export(strict: bool) -> None:
     ours = patched_copy(lora())
     x = inputs(3, WIDTH)
-    program = torch.export.export(ours.base_model.model, (x,))
+    program = torch.export.export(ours.base_model.model, (x,), strict=strict)
     assert not [node for node in program.graph.nodes if "pyfastlora" in str(node.target)]
     assert torch.allclose(program.module()(x), ours(x), atol=1e-5)
 

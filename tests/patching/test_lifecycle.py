@@ -165,6 +165,21 @@ def test_scaling_and_dropout_changed_on_the_way(pair: tuple[PeftModel, PeftModel
     assert (row(ours).calls_fused, row(ours).calls_fallback) == (5, 0)
 
 
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_the_layer_in_another_mode_than_its_dropout(config: dict[str, Any]) -> None:
+    """Plain LoRA asks the dropout alone, DoRA the layer first."""
+    peft = lora(lora_dropout=0.4, **config)
+    pair = (peft, patched_copy(peft))
+    for layer_trains, dropout_trains in ((False, True), (True, False)):
+
+        def modes(model: PeftModel, own: bool = layer_trains, inner: bool = dropout_trains) -> None:
+            first(model).training = own
+            first(model).lora_dropout["default"].training = inner
+
+        both(pair, modes)
+    assert row(pair[1]).calls_fused == 2
+
+
 def test_weighted_combination_of_adapters() -> None:
     peft = lora()
     pair = (peft, patched_copy(peft))
