@@ -133,7 +133,7 @@ MISTAKES = {
     "used output": (
         lambda p: ((p.root / "out").mkdir(), (p.root / "out" / "notes.txt").write_text("keep")),
         2,
-        "output_dir: out is not empty (it holds notes.txt); choose another with --set output_dir=PATH",
+        "output_dir: out is not empty (it holds notes.txt); choose another output_dir, or empty it",
     ),
     "output is a file": (
         lambda p: (p.root / "out").write_text("keep"),

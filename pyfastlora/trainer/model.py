@@ -154,7 +154,7 @@ def _make_4bit_trainable_on_cpu(model: nn.Module, name: str) -> None:
     import bitsandbytes as bnb
 
     for path, module in model.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit) and isinstance(module.in_features, int):
+        if isinstance(module, bnb.nn.Linear4bit):
             if module.in_features % CPU_4BIT_WIDTH:
                 raise UserError(
                     f"base_model: on a CPU, 4-bit weights need inputs in multiples of {CPU_4BIT_WIDTH}; "
@@ -164,7 +164,7 @@ def _make_4bit_trainable_on_cpu(model: nn.Module, name: str) -> None:
 
 
 def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     if len(tokenizer) <= rows:
         return
     name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]

@@ -18,6 +18,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,8 +38,8 @@ _PACKAGES = (
 class RunDir:
     """The folder of one run: `check` it before anything is loaded, `create` it when training starts."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(os.path.expanduser(path))
+    def __init__(self, path: str | Path, key: str = "output_dir") -> None:
+        self.path, self._key = Path(os.path.expanduser(path)), key
 
     def check(self) -> None:
         """Raises ConfigError where the folder is used already or cannot be written; leaves nothing behind."""
@@ -47,21 +48,24 @@ class RunDir:
             if used:
                 more = ", ..." if len(used) > 3 else ""
                 raise ConfigError(
-                    f"output_dir: {self.path} is not empty (it holds {', '.join(used[:3])}{more}); "
-                    "choose another with --set output_dir=PATH, or empty it to start over"
+                    f"{self._key}: {self.path} is not empty (it holds {', '.join(used[:3])}{more}); "
+                    f"choose another {self._key}, or empty it to start over"
                 )
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
-            made = self._make()
+            self.path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.path).close()
-            for folder in reversed(made):
-                folder.rmdir()
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+            raise ConfigError(f"{self._key}: {self.path} cannot be written: {error.strerror}") from None
+        finally:
+            for folder in missing:
+                with suppress(OSError):  # what was never made
+                    folder.rmdir()
 
     def create(self, loaded: LoadedConfig) -> None:
         """Makes the folder and writes what is known before the first step."""
         self.check()
-        self._make()
+        self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.original.yaml").write_text(loaded.text, encoding="utf-8")
         resolved = yaml.safe_dump(
             loaded.config.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True
@@ -90,12 +94,6 @@ class RunDir:
         """The lines of log.jsonl of one event, in order."""
         lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [values for line in lines if (values := json.loads(line))["event"] == event]
-
-    def _make(self) -> list[Path]:
-        """Makes the folder and its parents; returns those that were not there, outermost first."""
-        missing = [p for p in (self.path, *self.path.parents) if not p.exists()][::-1]
-        self.path.mkdir(parents=True, exist_ok=True)
-        return missing
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`fastlora quickstart`: a real run, offline, in minutes."""
