@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import small_library
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -99,19 +100,7 @@ def test_an_editable_install_uses_the_checkout(checkout, tmp_path):
 
 @pytest.mark.skipif(_jit.find_compiler() is None, reason="needs a C++ compiler")
 def test_a_wheel_with_the_libraries_inside(checkout, tmp_path):
-    # One op in place of the bindings, for a build that takes a second.
-    for path in (checkout / "csrc" / "cpu").glob("*.cpp"):
-        if path.name != "level.cpp":
-            path.unlink()
-    (checkout / "csrc" / "bindings.cpp").write_text(
-        "#include <torch/csrc/stable/library.h>\n"
-        '#include "kernels.h"\n'
-        "static int64_t cpu_level() { return fastlora::cpu::level(); }\n"
-        "STABLE_TORCH_LIBRARY(pyfastlora, m) {\n"
-        '    m.def("cpu_level() -> int");\n'
-        '    m.impl("cpu_level", TORCH_BOX(&cpu_level));\n'
-        "}\n"
-    )
+    small_library.write(checkout / "csrc")
     made = wheel(checkout, FASTLORA_AOT="1")
     assert "-py3-none-" in made.name and not made.name.endswith("-any.whl")
 
