@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from pyfastlora.ops._registry import all_ops, problem_of
+from pyfastlora.ops._registry import BackendError, all_ops, problem_of
 from pyfastlora.ops._registry import backend as use_backend
 from pyfastlora.patching import cpu_repack
 from pyfastlora.patching.conditions import FUSED_TYPES, l1_exact_type
@@ -159,5 +159,7 @@ def _backend_of(layer: Any, state: LayerState) -> str:
     if state.backend != "auto" or not state.calls_fused:
         return state.backend
     (shrink,) = [op for op in all_ops() if op.name == "lora_shrink"]  # every fused layer runs it
-    weight = layer.base_layer.weight
-    return shrink.choose(problem_of(weight, probe_dtype(layer))).name
+    try:
+        return shrink.choose(problem_of(layer.base_layer.weight, probe_dtype(layer))).name
+    except BackendError:  # requested from outside, for a model that has since been moved or cast
+        return state.backend

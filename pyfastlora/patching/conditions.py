@@ -62,10 +62,12 @@ Condition = Callable[[Call], str | None]
 
 
 def l1_exact_type(layer: nn.Module) -> str | None:
-    """The layer is exactly `lora.Linear` or `bnb.Linear4bit`, and no forward was set on the instance."""
+    """The layer is exactly `lora.Linear` or `bnb.Linear4bit`, and nobody replaced its forward."""
     kind = type(layer)
     if (kind.__module__, kind.__qualname__) not in FUSED_TYPES:
         return f"{kind.__name__} is not exactly lora.Linear or bnb.Linear4bit"
+    if kind.forward.__module__ != kind.__module__:
+        return f"{kind.__name__}.forward comes from {kind.forward.__module__}, not from PEFT"
     if "forward" in layer.__dict__:
         return f"forward was replaced on the layer by a {_type(layer.__dict__['forward'])}: patch before that"
     return None
@@ -211,6 +213,8 @@ def l11_plain_tensors(call: Call) -> str | None:
     if x is not None and type(x) not in PLAIN:
         return f"x is a {_type(x)}, not a plain tensor"
     for name, tensor in call.tensors.items():
+        if x is None and _type(tensor) == "DTensor":
+            continue  # at rest; FSDP2 puts the plain tensor there for the time of the forward
         if type(tensor) not in (call.kind.weights if tensor is weight else PLAIN):
             return f"{name} is a {_type(tensor)}, not a plain tensor"
         if tensor.device != device:

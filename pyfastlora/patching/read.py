@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyfastlora.fused.projections import Projection
@@ -23,7 +24,11 @@ def read(
 ) -> Projection | str:
     """The projection that layer(x, *args, **kwargs) stands for, or the first condition that does not hold."""
     call = Call(kind, layer, x, args, kwargs or {})
-    return _why_not(call) or _projection(call)
+    if not kind.packed:
+        return _why_not(call) or _projection(call)
+    # a Params4bit sends each look at its dtype, shape or device through __torch_function__: 1 us for 0.05
+    with torch._C.DisableTorchFunctionSubclass():
+        return _why_not(call) or _projection(call)
 
 
 def standing_reason(kind: Kind, layer: nn.Module) -> str | None:

@@ -246,7 +246,7 @@ def test_fsdp2_composes_and_unpatch_says_what_comes_first() -> None:
         fully_shard(ours, mesh=mesh)
         mine, theirs = step(ours, inputs(3, WIDTH)), step(peft, inputs(3, WIDTH))
         assert_close({name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in mine.items()}, theirs)
-        assert [each.calls_fused for each in pyfastlora.report(ours)] == [1, 1]
+        assert [(each.fused, each.calls_fused) for each in pyfastlora.report(ours)] == [(True, 1), (True, 1)]
         with pytest.raises(
             RuntimeError, match=r"up became a FSDPFastLoraLinear .*unpatch before fully_shard"
         ):
