@@ -25,8 +25,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// ---- checks and conversions
-// -----------------------------------------------------------------------------------------
+// ---- checks and conversions ---------------------------------------------------------------
 
 void run_on_torch_threads(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t),
                           void* context) {
@@ -116,8 +115,7 @@ fastlora::Act activation(const char* op, int64_t act) {
     return static_cast<fastlora::Act>(act);
 }
 
-// ---- ops
-// ------------------------------------------------------------------------------------------------------------
+// ---- ops ---------------------------------------------------------------
 
 int64_t cpu_level() {
     return fastlora::cpu::level();
@@ -136,16 +134,26 @@ void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor ne
     if (o.rows && o.cols) fastlora::cpu::dequant_4bit(w, row, col, o, run_on_torch_threads);
 }
 
+// Whether matmul_4bit takes this weight for any number of rows and transposed.
+bool matmul_4bit_on_tiles(int64_t dtype, int64_t blocksize, int64_t cols) {
+    Packed4bit w{};
+    w.blocksize = blocksize, w.cols = cols;
+    return fastlora::cpu::matmul_4bit_on_tiles(static_cast<DType>(dtype), w);
+}
+
 void matmul_4bit(const Tensor x, const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
                  const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize,
-                 int64_t nested_blocksize, bool fp4, const Tensor out) {
+                 int64_t nested_blocksize, bool fp4, bool transposed, const Tensor out) {
     const char* op = "matmul_4bit";
     const ConstMatrix in = input(op, "x", x);
     const Matrix o = output(op, "out", out);
     STD_TORCH_CHECK(in.rows == o.rows && in.dtype == o.dtype, op, ": x and out must agree in rows and dtype");
+    const int64_t rows = transposed ? in.cols : o.cols, cols = transposed ? o.cols : in.cols;
     const Packed4bit w = packed_4bit(op, packed, absmax, nested_code, nested_absmax, nested_offset, blocksize,
-                                     nested_blocksize, fp4, o.cols, in.cols);
-    if (o.rows && o.cols) fastlora::cpu::matmul_4bit(in, w, o, run_on_torch_threads);
+                                     nested_blocksize, fp4, rows, cols);
+    STD_TORCH_CHECK(!transposed || fastlora::cpu::matmul_4bit_on_tiles(in.dtype, w), op,
+                    ": the transposed product needs AMX tiles, bfloat16 and columns in multiples of 32");
+    if (o.rows && o.cols) fastlora::cpu::matmul_4bit(in, w, transposed, o, run_on_torch_threads);
 }
 
 void glu_forward(const Tensor gate, const Tensor up, int64_t act, const Tensor out) {
@@ -284,8 +292,7 @@ void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, c
 
 }  // namespace
 
-// ---- schemas
-// --------------------------------------------------------------------------------------------------------
+// ---- schemas ---------------------------------------------------------------
 
 #define FASTLORA_PACKED_4BIT                                                                            \
     "Tensor packed, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset, " \
@@ -294,7 +301,8 @@ void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, c
 STABLE_TORCH_LIBRARY(pyfastlora, m) {
     m.def("cpu_level() -> int");
     m.def("dequant_4bit(" FASTLORA_PACKED_4BIT "int rows, int cols, int row, int col, Tensor(a!) out) -> ()");
-    m.def("matmul_4bit(Tensor x, " FASTLORA_PACKED_4BIT "Tensor(a!) out) -> ()");
+    m.def("matmul_4bit_on_tiles(int dtype, int blocksize, int cols) -> bool");
+    m.def("matmul_4bit(Tensor x, " FASTLORA_PACKED_4BIT "bool transposed, Tensor(a!) out) -> ()");
     m.def("glu_forward(Tensor gate, Tensor up, int act, Tensor(a!) out) -> ()");
     m.def(
         "glu_backward(Tensor dy, Tensor gate, Tensor up, int act, Tensor(a!) dgate, Tensor(b!) dup, "
@@ -316,6 +324,7 @@ STABLE_TORCH_LIBRARY(pyfastlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CompositeExplicitAutograd, m) {
+    m.impl("matmul_4bit_on_tiles", TORCH_BOX(&matmul_4bit_on_tiles));
     m.impl("cpu_level", TORCH_BOX(&cpu_level));
 }
 

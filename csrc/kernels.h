@@ -70,9 +70,11 @@ int level();
 // out = rows [row, row + out.rows) and columns [col, col + out.cols) of the weight.
 void dequant_4bit(const Packed4bit& w, int64_t row, int64_t col, const Matrix& out, ParallelFor run);
 
-// out [T, O] = x [T, I] W^T, accumulated in float32. Meant for a few rows of x: every weight is decoded once
-// per 4 rows.
-void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, const Matrix& out, ParallelFor run);
+// out [T, O] = x [T, I] W^T, or x [T, O] W when transposed, accumulated in float32. On tiles (see level) for
+// any number of rows; elsewhere every weight is decoded once per 4 rows of x and there is no transposed form.
+bool matmul_4bit_on_tiles(DType x, const Packed4bit& w);
+void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, const Matrix& out,
+                 ParallelFor run);
 
 // out = act(gate) * up.
 void glu_forward(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out, ParallelFor run);

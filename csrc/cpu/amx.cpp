@@ -18,6 +18,8 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
 
+#include "amx_tiles.h"
+
 namespace fastlora::amx {
 
 bool available() {
@@ -34,31 +36,7 @@ bool available() {
     return yes;
 }
 
-// Eight full tiles, for as long as the object lives. The state belongs to the thread, and oneDNN loads its
-// own.
-class Tiles {
-  public:
-    Tiles() {
-        alignas(64) uint8_t config[64] = {1};  // palette 1
-        for (int i = 0; i < 8; ++i) {
-            config[16 + 2 * i] = 64;  // bytes a row
-            config[48 + i] = 16;      // rows
-        }
-        _tile_loadconfig(config);
-    }
-    ~Tiles() { _tile_release(); }
-};
-
-constexpr int64_t pairs(int64_t n) {
-    return (n + 31) / 32;
-}  // steps of 32 along the contracted dimension
-constexpr int64_t sixteens(int64_t n) {
-    return (n + 15) / 16;
-}  // tiles of 16 ranks or columns
-constexpr int64_t tile_values = 512;
-
-// ---- packing
-// --------------------------------------------------------------------------------------------------------
+// ---- packing ---------------------------------------------------------------
 
 static inline __m512 widen_bf16(__m256i bits) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -129,8 +107,7 @@ int expand_parts(DType factor) {
     return factor == DType::bf16 ? 1 : 2;
 }
 
-// ---- shrink
-// ---------------------------------------------------------------------------------------------------------
+// ---- shrink ---------------------------------------------------------------
 // packed [rank tiles][steps][parts][16 pairs of k][16 ranks][2]
 
 int64_t shrink_factor_bytes(const ConstMatrix& a, int64_t ranks, int64_t depth) {
@@ -218,8 +195,7 @@ void shrink_blocks(const ConstMatrix& x, const uint16_t* packed, int parts, int6
     }
 }
 
-// ---- expand
-// ---------------------------------------------------------------------------------------------------------
+// ---- expand ---------------------------------------------------------------
 // A step contracts 16 ranks of s in two parts, s1 and s2 (16 bits: y keeps 8), against b1 twice; a float32 b
 // adds a second tile with b2 twice.   packed [column tiles][rank tiles][parts][16 pairs][16 columns][2]
 
@@ -335,8 +311,65 @@ void expand_blocks(const ConstMatrix& y, const float* s, int64_t ranks, const ui
     }
 }
 
-// ---- grad
-// -----------------------------------------------------------------------------------------------------------
+// ---- dora_norm ---------------------------------------------------------------
+
+// gram [ranks, ranks] = A A^T, with the rows of A split like its packed form.
+void gram(const ConstMatrix& a, const uint16_t* packed, int parts, float* gram, float* scratch) {
+    const int64_t ranks = a.rows, pitch = pairs(a.cols) * 32;
+    uint16_t* rows = (uint16_t*)scratch;
+    float* sum = scratch + parts * ranks * pitch / 2;
+    for (int64_t j = 0; j < ranks; ++j)
+        for (int64_t k = 0; k < pitch; k += 16) {
+            __m512 value = read(a, j, k, lanes_of(a.cols - k));
+            for (int p = 0; p < parts; ++p)
+                _mm256_storeu_si256((__m256i*)(rows + (p * ranks + j) * pitch + k), next_part(value));
+        }
+    std::memset(gram, 0, ranks * ranks * 4);
+    for (int p = 0; p < parts; ++p) {
+        const ConstMatrix part{rows + p * ranks * pitch, DType::bf16, ranks, pitch, pitch};
+        shrink_blocks(part, packed, parts, ranks, DropoutMask{nullptr, 0, 1.0f}, 1.0f, sum, 0,
+                      (ranks + 31) / 32);
+        for (int64_t i = 0; i < ranks * ranks; ++i) gram[i] += sum[i];
+    }
+}
+
+int64_t gram_scratch_floats(const ConstMatrix& a, int parts) {
+    return parts * a.rows * pairs(a.cols) * 16 + a.rows * a.rows;
+}
+
+void norm_rows(const ConstMatrix& w, const uint16_t* packed, int parts, const float* gram,
+               const ConstMatrix& b, int64_t b_row, float scale, float* out) {
+    static thread_local Scratch scratch;
+    const int64_t ranks = b.cols;
+    float* p = scratch.floats(32 * ranks);
+    shrink_blocks(w, packed, parts, ranks, DropoutMask{nullptr, 0, 1.0f}, 1.0f, p, 0, (w.rows + 31) / 32);
+    for (int64_t t = 0; t < w.rows; ++t) {
+        const uint16_t* row = (const uint16_t*)w.data + t * w.pitch;
+        __m512 square = _mm512_setzero_ps();
+        for (int64_t k = 0; k < w.cols; k += 32) {
+            const __mmask32 lanes = w.cols - k >= 32 ? 0xffffffffu : (1u << (w.cols - k)) - 1;
+            const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(lanes, row + k);
+            square = _mm512_dpbf16_ps(square, v, v);
+        }
+        __m512 cross = _mm512_setzero_ps(), quad = _mm512_setzero_ps();
+        for (int64_t j = 0; j < ranks; j += 16) {
+            const __mmask16 lanes = lanes_of(ranks - j);
+            const __m512 bj = read(b, b_row + t, j, lanes);
+            __m512 bg = _mm512_setzero_ps();
+            for (int64_t i = 0; i < ranks; ++i) {
+                const __m512 bi = _mm512_broadcastss_ps(_mm512_castps512_ps128(read(b, b_row + t, i, 1)));
+                bg = _mm512_fmadd_ps(bi, _mm512_maskz_loadu_ps(lanes, gram + i * ranks + j), bg);
+            }
+            cross = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, p + t * ranks + j), bj, cross);
+            quad = _mm512_fmadd_ps(bg, bj, quad);
+        }
+        const float squared = _mm512_reduce_add_ps(square) + 2 * scale * _mm512_reduce_add_ps(cross) +
+                              scale * scale * _mm512_reduce_add_ps(quad);
+        out[t] = squared > 0 ? __builtin_sqrtf(squared) : squared == squared ? 0 : squared;
+    }
+}
+
+// ---- grad ---------------------------------------------------------------
 // s^T in three parts: packed [steps of 32 rows][rank tiles][3 parts][16 ranks][32 rows]
 
 int64_t grad_factor_bytes(int64_t rows, int64_t ranks) {

@@ -35,12 +35,23 @@ void expand_blocks(const ConstMatrix& y, const float* s, int64_t ranks, const ui
                    const DropoutMask& mask, float scale, const float* gain, const float* offset,
                    const Matrix& out, int64_t begin, int64_t end);
 
+// dora_norm, with A packed as for shrink: A A^T once, then up to 32 rows of a bfloat16 W at a time.
+int64_t gram_scratch_floats(const ConstMatrix& a, int parts);
+void gram(const ConstMatrix& a, const uint16_t* packed, int parts, float* gram, float* scratch);
+void norm_rows(const ConstMatrix& w, const uint16_t* packed, int parts, const float* gram,
+               const ConstMatrix& b, int64_t b_row, float scale, float* out);
+
 int64_t grad_factor_bytes(int64_t rows, int64_t ranks);
 void pack_grad_factor(const ConstMatrix& s, float scale, uint16_t* packed);
 
 // lora_grad for columns [64 begin, 64 end), clipped to the last. x bfloat16.
 void grad_blocks(const ConstMatrix& x, const uint16_t* packed, int64_t ranks, const DropoutMask& mask,
                  const Matrix& out, int64_t begin, int64_t end);
+
+// matmul_4bit for any number of rows; x bfloat16, and blocks that do not cross a run of 32 weights.
+bool matmul_4bit_takes(const Packed4bit& w);
+void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, const Matrix& out,
+                 ParallelFor run);
 
 #endif
 

@@ -107,6 +107,10 @@ void gram_of(const float* packed_a, int64_t cols, int64_t ranks, float* gram) {
     }
 }
 
+void decode_norm_rows(const Packed4bit& w, int64_t begin, int64_t end, uint16_t* out) {
+    decode(w, begin * w.cols, (end - begin) * w.cols, (bf16*)out);
+}
+
 int64_t norm_width(int64_t ranks) {
     return padded(ranks);
 }
@@ -118,13 +122,51 @@ void pack_norm_factors(const ConstMatrix& a, const ConstMatrix& b, float* packed
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "dora_norm.cpp"
+#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
 
 namespace fastlora::cpu {
 
+#ifdef FASTLORA_AMX
+static void norm_on_tiles(const ConstMatrix* dense, const Packed4bit* packed_w, int64_t rows, int64_t cols,
+                          const ConstMatrix& a, const ConstMatrix& b, float scale, float* out,
+                          ParallelFor run) {
+    static thread_local Scratch shared;
+    const int parts = amx::shrink_parts(a.dtype);
+    const int64_t ranks = a.rows, factor = amx::shrink_factor_bytes(a, ranks, cols) / 4;
+    float* space = shared.floats(factor + ranks * ranks + amx::gram_scratch_floats(a, parts));
+    auto* packed_a = (uint16_t*)space;
+    float* gram = space + factor;
+    amx::pack_shrink_factor(a, false, ranks, cols, packed_a);
+    amx::gram(a, packed_a, parts, gram, gram + ranks * ranks);
+    const auto decode_rows = FASTLORA_PICK(decode_norm_rows);
+    const int64_t grain = 1 + (1 << 17) / (32 * cols + 1);  // 128k weights, some 10 us
+    parallel(run, (rows + 31) / 32, grain, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch own;
+        for (int64_t o = 32 * begin; o < 32 * end && o < rows; o += 32) {
+            const int64_t count = rows - o < 32 ? rows - o : 32;
+            ConstMatrix block{nullptr, DType::bf16, count, cols, cols};
+            if (dense) {
+                block.data = (const uint16_t*)dense->data + o * dense->pitch;
+                block.pitch = dense->pitch;
+            } else {
+                auto* decoded = (uint16_t*)own.floats(16 * cols);
+                decode_rows(*packed_w, o, o + count, decoded);
+                block.data = decoded;
+            }
+            amx::norm_rows(block, packed_a, parts, gram, b, o, scale, out + o);
+        }
+    });
+}
+#endif
+
 static void norm(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t rows, int64_t cols,
                  const ConstMatrix& a, const ConstMatrix& b, float scale, float* out, ParallelFor run) {
+#ifdef FASTLORA_AMX
+    if (level() == 3 && dtype == DType::bf16)
+        return norm_on_tiles(dense, packed, rows, cols, a, b, scale, out, run);
+#endif
     static thread_local Scratch shared;
     const int64_t ranks = a.rows, width = FASTLORA_PICK(norm_width)(ranks);
     float* packed_a = shared.floats((cols + rows + ranks) * width);

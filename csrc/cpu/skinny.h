@@ -15,14 +15,6 @@ constexpr int64_t padded(int64_t n) {
     return (n + lanes - 1) / lanes * lanes;
 }
 
-template <class T>
-FASTLORA_INLINE float to_float(const T* p) {
-    return load(p, 1)[0];
-}
-FASTLORA_INLINE float to_float(const float* p) {
-    return *p;
-}
-
 // packed[k * padded(r) + j] = a[j, k]: the factor as [K, ranks], zeros in the padding.
 template <class T>
 FASTLORA_INLINE void pack_factor_as(const ConstMatrix& a, bool transposed, float* packed) {
@@ -37,17 +29,16 @@ FASTLORA_INLINE void pack_factor_as(const ConstMatrix& a, bool transposed, float
                                                                  : vf{});
         return;
     }
-    for (int64_t j = 0; j < width; ++j) {
-        if (j >= ranks) {
-            for (int64_t k = 0; k < depth; ++k) packed[k * width + j] = 0;
-            continue;
+    // In blocks of `lanes` columns: rows are read as vectors, columns written whole.
+    for (int64_t k0 = 0; k0 < depth; k0 += lanes) {
+        const int64_t count = depth - k0 < lanes ? depth - k0 : lanes;
+        for (int64_t j0 = 0; j0 < width; j0 += lanes) {
+            float block[lanes][lanes] = {};
+            for (int64_t j = j0; j < j0 + lanes && j < ranks; ++j)
+                store(block[j - j0], load(data + j * a.pitch + k0, count));
+            for (int64_t k = 0; k < count; ++k)
+                for (int64_t j = 0; j < lanes; ++j) packed[(k0 + k) * width + j0 + j] = block[j][k];
         }
-        int64_t k = 0;
-        for (; k + lanes <= depth; k += lanes) {
-            const vf v = load(data + j * a.pitch + k);
-            for (int i = 0; i < lanes; ++i) packed[(k + i) * width + j] = v[i];
-        }
-        for (; k < depth; ++k) packed[k * width + j] = to_float(data + j * a.pitch + k);
     }
 }
 

@@ -14,8 +14,7 @@ FASTLORA_INLINE vf splat(float value) {
     return value - vf{};
 }
 
-// ---- load and store
-// -----------------------------------------------------------------------------------------------
+// ---- load and store ---------------------------------------------------------------
 
 FASTLORA_INLINE vf load(const float* p) {
     vf v;
@@ -142,8 +141,7 @@ FASTLORA_INLINE float sum(vf v) {
     return total;
 }
 
-// ---- exp and erf
-// --------------------------------------------------------------------------------------------------
+// ---- exp and erf ---------------------------------------------------------------
 
 // e^x = 2^n e^r, |r| <= ln(2) / 2, with a degree-6 polynomial for e^r: within 1 ulp of float32.
 FASTLORA_INLINE vf vexp(vf x) {

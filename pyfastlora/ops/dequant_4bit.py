@@ -33,6 +33,8 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
+# How native ops that have no tensor to read a dtype from are told one.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 

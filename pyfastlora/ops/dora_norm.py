@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
-from pyfastlora.ops.dequant_4bit import Packed4bit, dequant_4bit
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from pyfastlora.ops.dequant_4bit import DTYPE_CODES, Packed4bit, dequant_4bit
 
 
 def dora_norm(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -42,7 +40,7 @@ def reference(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Ten
 def cpu(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Tensor:
     out = torch.empty(w.shape[0], dtype=torch.float32)
     if isinstance(w, Packed4bit):
-        torch.ops.pyfastlora.dora_norm_4bit(*w.native, _CODES[w.dtype], a, b, scale, out)
+        torch.ops.pyfastlora.dora_norm_4bit(*w.native, DTYPE_CODES[w.dtype], a, b, scale, out)
     else:
         torch.ops.pyfastlora.dora_norm(w, a, b, scale, out)
     return out

@@ -8,12 +8,14 @@ W takes x's dtype, as in bitsandbytes' gemm_4bit (bitsandbytes/backends/default/
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from pyfastlora.ops._arena import scratch
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
-from pyfastlora.ops.dequant_4bit import Packed4bit, dequant_4bit
+from pyfastlora.ops.dequant_4bit import DTYPE_CODES, Packed4bit, dequant_4bit
 
 # Rows of x up to which the decoding kernel beats decode + GEMM: it decodes W once per 4 rows (bench_matmul_4bit).
 FEW_ROWS = 4
@@ -45,11 +47,11 @@ def reference(x: Tensor, w: Packed4bit, transposed: bool, values: torch.dtype, o
 
 
 def cpu(x: Tensor, w: Packed4bit, transposed: bool, values: torch.dtype, out: Tensor) -> None:
-    """Decodes a few rows on the fly; for many, panels in one reused buffer and the vendor's GEMM."""
-    if x.shape[0] <= FEW_ROWS and not transposed and values == x.dtype:
-        torch.ops.pyfastlora.matmul_4bit(x if x.stride(1) == 1 else x.contiguous(), *w.native, out)
-        return
+    """Decodes on the fly for a few rows, and for any number on AMX; else panels in one reused buffer and a GEMM."""
     rows, cols = w.shape
+    if values == x.dtype and (_on_tiles(x.dtype, w.blocksize, cols) or (x.shape[0] <= FEW_ROWS and not transposed)):
+        torch.ops.pyfastlora.matmul_4bit(x if x.stride(1) == 1 else x.contiguous(), *w.native, transposed, out)
+        return
     outer, inner = (cols, rows) if transposed else (rows, cols)
     width = max(64, PANEL_BYTES // max(1, inner * x.element_size()) // 64 * 64)
     for begin in range(0, outer, width):
@@ -60,6 +62,11 @@ def cpu(x: Tensor, w: Packed4bit, transposed: bool, values: torch.dtype, out: Te
         if values != x.dtype:
             panel = scratch(shape, x.dtype, x.device).copy_(panel)
         torch.mm(x, panel if transposed else panel.t(), out=out[:, begin:end])
+
+
+@functools.cache
+def _on_tiles(dtype: torch.dtype, blocksize: int, cols: int) -> bool:
+    return dtype in DTYPE_CODES and torch.ops.pyfastlora.matmul_4bit_on_tiles(DTYPE_CODES[dtype], blocksize, cols)
 
 
 OP = Op("matmul_4bit", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
