@@ -36,25 +36,31 @@ class Keys(BaseModel):
 class SpecialTokens(Keys):
     """special_tokens: the roles to (re)assign, each to one token."""
 
-    bos_token: str | None = None
-    eos_token: str | None = None
-    pad_token: str | None = None
-    unk_token: str | None = None
+    bos_token: str | None = Field(default=None, description="opens a text")
+    eos_token: str | None = Field(default=None, description="ends a response")
+    pad_token: str | None = Field(default=None, description="fills a batch up")
+    unk_token: str | None = Field(default=None, description="stands for what has no token")
 
 
 class BnbKeys(Keys):
     """bnb_config_kwargs: how bitsandbytes stores the 4-bit base."""
 
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    bnb_4bit_use_double_quant: bool = True
-    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="the 16 values a weight can have"
+    )
+    bnb_4bit_use_double_quant: bool = Field(default=True, description="the scales in 8 bits too")
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of matrix products (default: that of the base)"
+    )
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = Field(
+        default="uint8", description="dtype of the tensor that holds the packed weights"
+    )
 
 
 class CheckpointingKeys(Keys):
     """gradient_checkpointing_kwargs."""
 
-    use_reentrant: bool = False
+    use_reentrant: bool = Field(default=False, description="torch's older kind of checkpointing")
 
 
 class DatasetKeys(Keys):
@@ -101,7 +107,9 @@ class ModelKeys(Keys):
         "auto", description="TensorFloat-32 for fp32 matrix products on a GPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
-    gradient_checkpointing_kwargs: CheckpointingKeys = CheckpointingKeys()
+    gradient_checkpointing_kwargs: CheckpointingKeys = Field(
+        CheckpointingKeys(), description="how it is done"
+    )
 
 
 class AdapterKeys(Keys):
@@ -174,11 +182,11 @@ class OptimisationKeys(Keys):
     lr_scheduler_kwargs: dict[str, Any] = Field({}, description="arguments of the scheduler")
     warmup_steps: Int | None = Field(None, ge=0, description="steps of linear warm-up")
     warmup_ratio: Float | None = Field(None, ge=0, lt=1, description="the same as a share of all steps")
-    weight_decay: Float = Field(0.0, ge=0)
+    weight_decay: Float = Field(0.0, ge=0, description="of the optimizer")
     max_grad_norm: Float = Field(1.0, ge=0, description="gradient clipping; 0: none")
-    adam_beta1: Float = Field(0.9, ge=0, lt=1)
-    adam_beta2: Float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: Float = Field(1e-8, gt=0)
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
+    adam_epsilon: Float = Field(1e-8, gt=0, description="added to the square root")
     neftune_noise_alpha: Float | None = Field(None, gt=0, description="noise on the input embeddings")
 
     @field_validator("optimizer")

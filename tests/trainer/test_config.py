@@ -10,6 +10,7 @@ import yaml
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED
 from pyfastlora.trainer.config_load import load_config
+from pyfastlora.trainer.config_reference import reference, updated
 from pyfastlora.trainer.errors import ConfigError
 
 GOOD = """\
@@ -205,3 +206,10 @@ def test_files_that_are_no_config(mistakes, tmp_path):
 )
 def test_examples_are_valid(path):
     assert load_config(path).notes == ()
+
+
+def test_the_reference_page_lists_every_key():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert updated(page) == page, "run python -m pyfastlora.trainer.config_reference"
+    for name in Config.model_fields:
+        assert f"\n| `{name}` |" in reference()
