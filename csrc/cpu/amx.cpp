@@ -10,7 +10,8 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics trip it (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics trip these (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include "scratch.h"

@@ -9,84 +9,72 @@
 
 namespace fastlora::FASTLORA_LEVEL {
 
-template <class T>
-struct DenseRows {
-    const T* data;
-    int64_t pitch;
-    FASTLORA_INLINE void widen_into(const DenseRows& w, int64_t row, int64_t col, int64_t depth, float* out) {
-        widen(w.data + row * w.pitch + col, depth, nullptr, 0, 1.0f, out);
-    }
-};
+// Columns [col, col + depth) of one row of W as float32. Packed weights are rounded to their dtype on the
+// way, as a dense copy would be. A pointer, not a template: the product that follows is compiled once.
+using ReadRow = void (*)(const ConstMatrix* dense, const Packed4bit* packed, int64_t row, int64_t col,
+                         int64_t depth, float* out);
 
 template <class T>
-struct PackedRows {
-    const Packed4bit& w;
-    FASTLORA_INLINE void widen_into(const PackedRows& rows, int64_t row, int64_t col, int64_t depth,
-                                    float* out) {
-        alignas(64) T decoded[depth_block];  // rounded to the weight's dtype, as a dense copy would be
-        decode(rows.w, row * rows.w.cols + col, depth, decoded);
-        widen(decoded, depth, nullptr, 0, 1.0f, out);
-    }
-};
-
-// P [rows, width] += W A^T and squares[row] = ||W_row||^2 for up to row_tile rows.
-template <class Rows>
-FASTLORA_INLINE void project(const Rows& w, int64_t o0, int64_t rows, int64_t cols, const float* packed_a,
-                             int64_t width, float* wide, float* p, float* squares) {
-    for (int64_t i = 0; i < row_tile * width; ++i) p[i] = 0;
-    vf square[row_tile] = {};
-    for (int64_t k0 = 0; k0 < cols; k0 += depth_block) {
-        const int64_t depth = cols - k0 < depth_block ? cols - k0 : depth_block;
-        for (int64_t t = 0; t < rows; ++t) {
-            float* row = wide + t * depth_block;
-            for (int64_t k = depth; k < padded(depth); ++k) row[k] = 0;
-            Rows::widen_into(w, o0 + t, k0, depth, row);
-            for (int64_t k = 0; k < depth; k += lanes) square[t] += load(row + k) * load(row + k);
-        }
-        multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, p, width);
-    }
-    for (int64_t t = 0; t < rows; ++t) squares[t] = sum(square[t]);
+void read_dense(const ConstMatrix* w, const Packed4bit*, int64_t row, int64_t col, int64_t depth,
+                float* out) {
+    widen((const T*)w->data + row * w->pitch + col, depth, nullptr, 0, 1.0f, out);
 }
 
-template <class Rows>
-void norm_rows_as(const Rows& w, int64_t cols, const float* packed_a, const float* gram, const float* wide_b,
-                  int64_t ranks, float scale, float* scratch, float* out, int64_t begin, int64_t end) {
+template <class T>
+void read_packed(const ConstMatrix*, const Packed4bit* w, int64_t row, int64_t col, int64_t depth,
+                 float* out) {
+    alignas(64) T decoded[depth_block];
+    decode(*w, row * w->cols + col, depth, decoded);
+    widen(decoded, depth, nullptr, 0, 1.0f, out);
+}
+
+// out[t] from P = W A^T, ||W_t||^2 and rows of B [rows, width], with gram = A A^T.
+static void finish_rows(const float* p, const float* squares, const float* b, const float* gram, int64_t rows,
+                        int64_t ranks, float scale, float* bg, float* out) {
     const int64_t width = padded(ranks);
-    float wide[row_tile * depth_block], squares[row_tile];
-    float *p = scratch, *bg = scratch + row_tile * width;
-    for (int64_t o0 = begin; o0 < end; o0 += row_tile) {
-        const int64_t rows = end - o0 < row_tile ? end - o0 : row_tile;
-        project(w, o0, rows, cols, packed_a, width, wide, p, squares);
-        for (int64_t i = 0; i < row_tile * width; ++i) bg[i] = 0;
-        const float* b = wide_b + o0 * width;
-        multiply_rows(b, width, rows, gram, width, width, ranks, bg, width);
-        for (int64_t t = 0; t < rows; ++t) {
-            vf cross = {}, quad = {};
-            for (int64_t j = 0; j < width; j += lanes) {
-                const vf bj = load(b + t * width + j);
-                cross += load(p + t * width + j) * bj;
-                quad += load(bg + t * width + j) * bj;
-            }
-            const float squared = squares[t] + 2 * scale * sum(cross) + scale * scale * sum(quad);
-            out[o0 + t] = squared > 0 ? __builtin_sqrtf(squared) : squared == squared ? 0 : squared;
+    for (int64_t i = 0; i < row_tile * width; ++i) bg[i] = 0;
+    multiply_rows(b, width, rows, gram, width, width, ranks, bg, width);
+    for (int64_t t = 0; t < rows; ++t) {
+        vf cross = {}, quad = {};
+        for (int64_t j = 0; j < width; j += lanes) {
+            const vf bj = load(b + t * width + j);
+            cross += load(p + t * width + j) * bj;
+            quad += load(bg + t * width + j) * bj;
         }
+        const float squared = squares[t] + 2 * scale * sum(cross) + scale * scale * sum(quad);
+        out[t] = squared > 0 ? __builtin_sqrtf(squared) : squared == squared ? 0 : squared;
     }
 }
 
 void norm_rows(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t cols,
                const float* packed_a, const float* gram, const float* wide_b, int64_t ranks, float scale,
                float* scratch, float* out, int64_t begin, int64_t end) {
-    auto over = [&](const auto& rows) {
-        norm_rows_as(rows, cols, packed_a, gram, wide_b, ranks, scale, scratch, out, begin, end);
-    };
-    if (dense) {
-        if (dtype == DType::f32) return over(DenseRows<float>{(const float*)dense->data, dense->pitch});
-        if (dtype == DType::bf16) return over(DenseRows<bf16>{(const bf16*)dense->data, dense->pitch});
-        return over(DenseRows<f16>{(const f16*)dense->data, dense->pitch});
+    const ReadRow read = dense ? (dtype == DType::f32    ? read_dense<float>
+                                  : dtype == DType::bf16 ? read_dense<bf16>
+                                                         : read_dense<f16>)
+                               : (dtype == DType::f32    ? read_packed<float>
+                                  : dtype == DType::bf16 ? read_packed<bf16>
+                                                         : read_packed<f16>);
+    const int64_t width = padded(ranks);
+    float wide[row_tile * depth_block], squares[row_tile];
+    float *p = scratch, *bg = scratch + row_tile * width;
+    for (int64_t o = begin; o < end; o += row_tile) {
+        const int64_t rows = end - o < row_tile ? end - o : row_tile;
+        for (int64_t i = 0; i < row_tile * width; ++i) p[i] = 0;
+        vf square[row_tile] = {};
+        for (int64_t k0 = 0; k0 < cols; k0 += depth_block) {
+            const int64_t depth = cols - k0 < depth_block ? cols - k0 : depth_block;
+            for (int64_t t = 0; t < rows; ++t) {
+                float* row = wide + t * depth_block;
+                for (int64_t k = depth; k < padded(depth); ++k) row[k] = 0;
+                read(dense, packed, o + t, k0, depth, row);
+                for (int64_t k = 0; k < depth; k += lanes) square[t] += load(row + k) * load(row + k);
+            }
+            multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, p, width);
+        }
+        for (int64_t t = 0; t < rows; ++t) squares[t] = sum(square[t]);
+        finish_rows(p, squares, wide_b + o * width, gram, rows, ranks, scale, bg, out + o);
     }
-    if (dtype == DType::f32) return over(PackedRows<float>{*packed});
-    if (dtype == DType::bf16) return over(PackedRows<bf16>{*packed});
-    over(PackedRows<f16>{*packed});
 }
 
 // gram [ranks, width] = A A^T from A packed as [cols, width].

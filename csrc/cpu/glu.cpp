@@ -18,105 +18,94 @@ FASTLORA_INLINE Activated<vf> activate(vf x) {
     return relu2<Math>(x);
 }
 
-template <class T, Act act>
-void forward_rows(const ConstMatrix& gate, const ConstMatrix& up, const Matrix& out, int64_t begin,
+constexpr int64_t strip = 512;  // elements in flight: up to six float32 strips of 2 KB stay in L1
+
+// The activations work on float32 strips padded to whole vectors; one copy of them serves every dtype.
+template <Act act>
+void forward_strip(const float* gate, const float* up, float* y, int64_t count) {
+    for (int64_t i = 0; i < count; i += lanes)
+        store(y + i, activate<act>(load(gate + i)).value * load(up + i));
+}
+
+template <Act act>
+void backward_strip(const float* dy, const float* gate, const float* up, float* dgate, float* dup,
+                    float* product, int64_t count) {
+    for (int64_t i = 0; i < count; i += lanes) {
+        const vf d = load(dy + i), u = load(up + i);
+        const Activated<vf> a = activate<act>(load(gate + i));
+        store(dgate + i, d * u * a.slope);
+        store(dup + i, d * a.value);
+        store(product + i, a.value * u);
+    }
+}
+
+template <class T>
+FASTLORA_INLINE void widen_strip(const T* from, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i, count - i));
+}
+
+template <class T>
+FASTLORA_INLINE void narrow_strip(const float* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i), count - i);
+}
+
+template <class T>
+void forward_rows(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out, int64_t begin,
                   int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-        const T *g = (const T*)gate.data + t * gate.pitch, *u = (const T*)up.data + t * up.pitch;
-        T* y = (T*)out.data + t * out.pitch;
-        for (int64_t i = 0; i < out.cols; i += lanes) {
-            const int64_t n = out.cols - i;
-            const bool whole = n >= lanes;
-            const vf gv = whole ? load(g + i) : load(g + i, n), uv = whole ? load(u + i) : load(u + i, n);
-            const vf value = activate<act>(gv).value * uv;
-            if (whole)
-                store(y + i, value);
-            else
-                store(y + i, value, n);
+    constexpr decltype(&forward_strip<Act::silu>) strips[] = {
+        forward_strip<Act::silu>, forward_strip<Act::gelu>, forward_strip<Act::gelu_tanh>,
+        forward_strip<Act::relu>, forward_strip<Act::relu2>};
+    float g[strip], u[strip], y[strip];
+    for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < out.cols; i += strip) {
+            const int64_t n = out.cols - i < strip ? out.cols - i : strip;
+            widen_strip((const T*)gate.data + t * gate.pitch + i, n, g);
+            widen_strip((const T*)up.data + t * up.pitch + i, n, u);
+            strips[(int)act](g, u, y, n);
+            narrow_strip(y, n, (T*)out.data + t * out.pitch + i);
         }
-    }
 }
 
-template <class T, Act act>
-void backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, const Matrix& dgate,
-                   const Matrix& dup, const Matrix& product, int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-        const T *g = (const T*)gate.data + t * gate.pitch, *u = (const T*)up.data + t * up.pitch,
-                *d = (const T*)dy.data + t * dy.pitch;
-        T *dg = (T*)dgate.data + t * dgate.pitch, *du = (T*)dup.data + t * dup.pitch,
-          *p = (T*)product.data + t * product.pitch;
-        for (int64_t i = 0; i < dgate.cols; i += lanes) {
-            const int64_t n = dgate.cols - i;
-            const bool whole = n >= lanes;
-            const vf gv = whole ? load(g + i) : load(g + i, n), uv = whole ? load(u + i) : load(u + i, n);
-            const vf dv = whole ? load(d + i) : load(d + i, n);
-            const Activated<vf> a = activate<act>(gv);
-            if (whole) {
-                store(dg + i, dv * uv * a.slope);
-                store(du + i, dv * a.value);
-                store(p + i, a.value * uv);
-            } else {
-                store(dg + i, dv * uv * a.slope, n);
-                store(du + i, dv * a.value, n);
-                store(p + i, a.value * uv, n);
-            }
+template <class T>
+void backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act,
+                   const Matrix& dgate, const Matrix& dup, const Matrix& product, int64_t begin,
+                   int64_t end) {
+    constexpr decltype(&backward_strip<Act::silu>) strips[] = {
+        backward_strip<Act::silu>, backward_strip<Act::gelu>, backward_strip<Act::gelu_tanh>,
+        backward_strip<Act::relu>, backward_strip<Act::relu2>};
+    float d[strip], g[strip], u[strip], dg[strip], du[strip], p[strip];
+    for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < dgate.cols; i += strip) {
+            const int64_t n = dgate.cols - i < strip ? dgate.cols - i : strip;
+            widen_strip((const T*)dy.data + t * dy.pitch + i, n, d);
+            widen_strip((const T*)gate.data + t * gate.pitch + i, n, g);
+            widen_strip((const T*)up.data + t * up.pitch + i, n, u);
+            strips[(int)act](d, g, u, dg, du, p, n);
+            narrow_strip(dg, n, (T*)dgate.data + t * dgate.pitch + i);
+            narrow_strip(du, n, (T*)dup.data + t * dup.pitch + i);
+            narrow_strip(p, n, (T*)product.data + t * product.pitch + i);
         }
-    }
 }
-
-// f.template operator()<T, act>() for the pair that is named at run time.
-template <class T, class F>
-void by_act(Act act, const F& f) {
-    switch (act) {
-        case Act::silu:
-            return f.template run<T, Act::silu>();
-        case Act::gelu:
-            return f.template run<T, Act::gelu>();
-        case Act::gelu_tanh:
-            return f.template run<T, Act::gelu_tanh>();
-        case Act::relu:
-            return f.template run<T, Act::relu>();
-        case Act::relu2:
-            return f.template run<T, Act::relu2>();
-    }
-}
-
-template <class F>
-void by_dtype_and_act(DType dtype, Act act, const F& f) {
-    if (dtype == DType::f32) return by_act<float>(act, f);
-    if (dtype == DType::bf16) return by_act<bf16>(act, f);
-    by_act<f16>(act, f);
-}
-
-struct Forward {
-    const ConstMatrix &gate, &up;
-    const Matrix& out;
-    int64_t begin, end;
-    template <class T, Act act>
-    void run() const {
-        forward_rows<T, act>(gate, up, out, begin, end);
-    }
-};
-
-struct Backward {
-    const ConstMatrix &dy, &gate, &up;
-    const Matrix &dgate, &dup, &product;
-    int64_t begin, end;
-    template <class T, Act act>
-    void run() const {
-        backward_rows<T, act>(dy, gate, up, dgate, dup, product, begin, end);
-    }
-};
 
 void glu_forward_rows(const ConstMatrix& gate, const ConstMatrix& up, Act act, const Matrix& out,
                       int64_t begin, int64_t end) {
-    by_dtype_and_act(gate.dtype, act, Forward{gate, up, out, begin, end});
+    if (gate.dtype == DType::f32) return forward_rows<float>(gate, up, act, out, begin, end);
+    if (gate.dtype == DType::bf16) return forward_rows<bf16>(gate, up, act, out, begin, end);
+    forward_rows<f16>(gate, up, act, out, begin, end);
 }
 
 void glu_backward_rows(const ConstMatrix& dy, const ConstMatrix& gate, const ConstMatrix& up, Act act,
                        const Matrix& dgate, const Matrix& dup, const Matrix& product, int64_t begin,
                        int64_t end) {
-    by_dtype_and_act(gate.dtype, act, Backward{dy, gate, up, dgate, dup, product, begin, end});
+    if (gate.dtype == DType::f32)
+        return backward_rows<float>(dy, gate, up, act, dgate, dup, product, begin, end);
+    if (gate.dtype == DType::bf16)
+        return backward_rows<bf16>(dy, gate, up, act, dgate, dup, product, begin, end);
+    backward_rows<f16>(dy, gate, up, act, dgate, dup, product, begin, end);
 }
 
 }  // namespace fastlora::FASTLORA_LEVEL

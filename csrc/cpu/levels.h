@@ -12,7 +12,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTLORA_X86 1
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics trip it (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics trip these (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -64,15 +65,3 @@ struct f16 {
 #else
 #define FASTLORA_PICK(function) (::fastlora::portable::function)
 #endif
-
-namespace fastlora {
-
-// f(T{}) with T the element type that `dtype` names.
-template <class F>
-void by_dtype(DType dtype, F f) {
-    if (dtype == DType::f32) return f(float{});
-    if (dtype == DType::bf16) return f(bf16{});
-    f(f16{});
-}
-
-}  // namespace fastlora

@@ -7,7 +7,7 @@
 
 namespace fastlora::FASTLORA_LEVEL {
 
-constexpr int expand_vectors = 4;
+constexpr int64_t strip = 256;  // columns in flight: 8 rows of their float32 terms are 8 KB
 
 struct Expand {
     const ConstMatrix& y;
@@ -21,62 +21,49 @@ struct Expand {
     const Matrix& out;
 };
 
-// Rows [t0, t0 + rows) and columns [col, col + vectors * lanes) in registers; the last vector holds `tail`
-// elements.
-template <class T, int rows, int vectors>
-FASTLORA_INLINE void expand_tile(const Expand& e, int64_t t0, int64_t col, int64_t tail) {
-    vf acc[rows][vectors] = {};
-    for (int64_t j = 0; j < e.ranks; ++j) {
-        vf p[vectors];
-        for (int v = 0; v < vectors; ++v) p[v] = load(e.packed + j * e.width + col + v * lanes);
-        for (int t = 0; t < rows; ++t) {
-            const vf value = splat(e.s[(t0 + t) * e.ranks + j]);
-            for (int v = 0; v < vectors; ++v) acc[t][v] += value * p[v];
-        }
-    }
-    for (int t = 0; t < rows; ++t) {
-        for (int v = 0; v < vectors; ++v) {
-            const int64_t c = col + v * lanes;
-            const bool whole = v < vectors - 1 || tail == lanes;
-            const T* from = (const T*)e.y.data + (t0 + t) * e.y.pitch + c;
-            T* to = (T*)e.out.data + (t0 + t) * e.out.pitch + c;
-            vf term = splat(e.scale) * acc[t][v];
-            if (e.mask.bits) term = term * mask_scale(e.mask.bits + (t0 + t) * e.mask.pitch, c, e.mask.scale);
-            vf value = (whole ? load(from) : load(from, tail)) + term;
-            if (e.gain) value = value * (whole ? load(e.gain + c) : load(e.gain + c, tail));
-            if (e.offset) value = value + (whole ? load(e.offset + c) : load(e.offset + c, tail));
-            if (whole)
-                store(to, value);
-            else
-                store(to, value, tail);
-        }
-    }
-}
-
-template <class T, int rows>
-FASTLORA_INLINE void expand_block(const Expand& e, int64_t t0) {
-    constexpr int64_t step = expand_vectors * lanes;
-    int64_t col = 0;
-    for (; col + step <= e.out.cols; col += step) expand_tile<T, rows, expand_vectors>(e, t0, col, lanes);
-    for (; col < e.out.cols; col += lanes)
-        expand_tile<T, rows, 1>(e, t0, col, e.out.cols - col < lanes ? e.out.cols - col : lanes);
-}
-
+// Columns [col, col + count) of row t, given s b^T there.
 template <class T>
-void expand_rows_as(const Expand& e, int64_t begin, int64_t end) {
-    constexpr int rows = 6;  // 6 x 4 accumulators, 4 factor vectors, one broadcast: 29 of 32 registers
-    int64_t t = begin;
-    for (; t + rows <= end; t += rows) expand_block<T, rows>(e, t);
-    for (; t < end; ++t) expand_block<T, 1>(e, t);
+FASTLORA_INLINE void finish_row(const Expand& e, int64_t t, int64_t col, int64_t count, const float* terms) {
+    const T* from = (const T*)e.y.data + t * e.y.pitch + col;
+    T* to = (T*)e.out.data + t * e.out.pitch + col;
+    for (int64_t i = 0; i < count; i += lanes) {
+        const int64_t n = count - i;
+        const bool whole = n >= lanes;
+        vf term = splat(e.scale) * load(terms + i);
+        if (e.mask.bits) term = term * mask_scale(e.mask.bits + t * e.mask.pitch, col + i, e.mask.scale);
+        vf value = (whole ? load(from + i) : load(from + i, n)) + term;
+        if (e.gain) value = value * (whole ? load(e.gain + col + i) : load(e.gain + col + i, n));
+        if (e.offset) value = value + (whole ? load(e.offset + col + i) : load(e.offset + col + i, n));
+        if (whole)
+            store(to + i, value);
+        else
+            store(to + i, value, n);
+    }
 }
 
 void expand_rows(const ConstMatrix& y, const float* s, int64_t ranks, const float* packed, int64_t width,
                  const DropoutMask& mask, float scale, const float* gain, const float* offset,
                  const Matrix& out, int64_t begin, int64_t end) {
     const Expand e{y, s, ranks, packed, width, mask, scale, gain, offset, out};
-    if (y.dtype == DType::f32) return expand_rows_as<float>(e, begin, end);
-    if (y.dtype == DType::bf16) return expand_rows_as<bf16>(e, begin, end);
-    expand_rows_as<f16>(e, begin, end);
+    float terms[row_tile * strip];
+    for (int64_t t0 = begin; t0 < end; t0 += row_tile) {
+        const int64_t rows = end - t0 < row_tile ? end - t0 : row_tile;
+        for (int64_t col = 0; col < out.cols; col += strip) {
+            const int64_t count = out.cols - col < strip ? out.cols - col : strip;
+            std::memset(terms, 0, sizeof terms);
+            multiply_rows(s + t0 * ranks, ranks, rows, packed + col, width, padded(count), ranks, terms,
+                          strip);
+            for (int64_t t = 0; t < rows; ++t) {
+                const float* row = terms + t * strip;
+                if (y.dtype == DType::f32)
+                    finish_row<float>(e, t0 + t, col, count, row);
+                else if (y.dtype == DType::bf16)
+                    finish_row<bf16>(e, t0 + t, col, count, row);
+                else
+                    finish_row<f16>(e, t0 + t, col, count, row);
+            }
+        }
+    }
 }
 
 void pack_expand_factor(const ConstMatrix& b, bool transposed, float* packed) {

@@ -13,8 +13,8 @@ namespace {
 struct Shape {
     int64_t rows, cols, ranks, pad;
 };
-constexpr Shape shapes[] = {{0, 8, 4, 0},     {1, 1, 1, 0},    {3, 17, 5, 3},   {7, 64, 16, 0},
-                            {13, 131, 72, 1}, {37, 300, 8, 5}, {2, 1111, 70, 3}};
+constexpr Shape shapes[] = {{0, 8, 4, 0},     {1, 1, 1, 0},    {3, 17, 5, 3},    {7, 64, 16, 0},
+                            {13, 131, 72, 1}, {37, 300, 8, 5}, {2, 1111, 70, 3}, {40, 160, 20, 4}};
 constexpr DType dtypes[] = {DType::f32, DType::bf16, DType::f16};
 const DropoutMask keep_all = {nullptr, 0, 1.0f};
 
@@ -109,9 +109,15 @@ void test_4bit(Shape s, DType dtype, Numbers& numbers) {
 
             const Block x = std::move(Block(dtype, s.rows, s.cols, s.pad).fill(numbers));
             const Block y(dtype, s.rows, w.weight.rows, s.pad);
-            cpu::matmul_4bit(x, w.weight, y, on_threads);
+            cpu::matmul_4bit(x, w.weight, false, y, on_threads);
             expect_close("matmul_4bit", y, [&](int64_t t, int64_t n) {
                 return sum(s.cols, [&](int64_t k) { return x(t, k) * w(n, k); });
+            });
+            if (!cpu::matmul_4bit_on_tiles(dtype, w.weight)) continue;
+            const Block dx(dtype, s.rows, s.cols, s.pad);
+            cpu::matmul_4bit(y, w.weight, true, dx, on_threads);
+            expect_close("matmul_4bit transposed", dx, [&](int64_t t, int64_t k) {
+                return sum(w.weight.rows, [&](int64_t n) { return y(t, n) * w(n, k); });
             });
         }
 }

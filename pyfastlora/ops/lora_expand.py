@@ -74,6 +74,10 @@ def cpu(
     offset: Tensor | None,
     out: Tensor,
 ) -> None:
+    if out is y and y.dtype == b.dtype == torch.float32 and mask is None and gain is None and offset is None:
+        # The vendor's GEMM: 0.23 ms against our 0.37, T=512, O=2048, r=16, one thread.
+        y.addmm_(s, b if transposed else b.t(), alpha=scale)
+        return
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
     torch.ops.pyfastlora.lora_expand(
         y, s.contiguous(), b, transposed, bits, mask_scale, scale, _wide(gain), _wide(offset), out

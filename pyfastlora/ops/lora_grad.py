@@ -32,6 +32,9 @@ def reference(s: Tensor, x: Tensor, mask: DropoutMask | None) -> Tensor:
 
 
 def cpu(s: Tensor, x: Tensor, mask: DropoutMask | None) -> Tensor:
+    if mask is None and x.dtype == torch.float32:
+        # The vendor's GEMM: nothing to widen or drop here. 0.24 ms against our 0.37, T=512, I=2048, r=16, one thread.
+        return torch.mm(s.t(), x)
     out = torch.empty(s.shape[1], x.shape[1], dtype=torch.float32)
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
     torch.ops.pyfastlora.lora_grad(s, x, bits, mask_scale, out)

@@ -48,6 +48,9 @@ def reference(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, 
 
 
 def cpu(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale: float) -> Tensor:
+    if mask is None and x.dtype == a.dtype == torch.float32:
+        # The vendor's GEMM: nothing to widen or drop here. 0.23 ms against our 0.43, T=512, I=2048, r=16, one thread.
+        return torch.mm(x, a if transposed else a.t()).mul_(scale)
     out = torch.empty(x.shape[0], a.shape[1 if transposed else 0], dtype=torch.float32)
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
     torch.ops.pyfastlora.lora_shrink(x, a, transposed, bits, mask_scale, scale, out)
