@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(place):
     assert result.exit_code == 1 and "Error: the loss is nan at step" in result.stderr
     assert not (place.root / "out" / "adapter_model.safetensors").exists()
     assert '"loss": "nan"' in (place.root / "out" / "log.jsonl").read_text()
+
+
+def test_a_backend_that_cannot_be_had_is_named_with_its_reasons(place):
+    import torch
+
+    import pyfastlora
+
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pyfastlora.backend("gpu"):
+        result = place.run()
+    assert result.exit_code == 1 and "`gpu` was requested and cannot take cpu" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_backend_that_does_not_exist_is_named():
+    environment = {**os.environ, "FASTLORA_BACKEND": "quick"}
+    code = "from pyfastlora.trainer.job import _backend_requests_checked as c\nwith c(): pass"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ConfigError: FASTLORA_BACKEND: backend 'quick' in 'quick': choose one of auto, gpu" in done.stderr
 
 
 def test_a_command_line_without_a_file():

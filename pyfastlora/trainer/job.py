@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.config_load import LoadedConfig
 from pyfastlora.trainer.console import Bar, Console
+from pyfastlora.trainer.errors import ConfigError, UserError
 from pyfastlora.trainer.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def train(loaded: LoadedConfig, console: Console) -> Result:
     run_dir.check()
     for note in loaded.notes:
         console.say(f"note: {note}")
-    with libraries_quiet():
+    with libraries_quiet(), _backend_requests_checked():
         return _run(loaded, run_dir, console)
 
 
@@ -156,6 +157,19 @@ class _Progress:
             self._bar.update(values["step"], text)
         else:
             self._console.say(f"step {values['step']}/{self._total}: {text}")
+
+
+@contextmanager
+def _backend_requests_checked() -> Iterator[None]:
+    """A backend that was asked for and cannot be had is the user's to put right, not a bug."""
+    try:
+        from pyfastlora.ops._registry import BackendError
+    except ValueError as error:  # the variable is read on import
+        raise ConfigError(f"FASTLORA_BACKEND: {error}") from error
+    try:
+        yield
+    except BackendError as error:
+        raise UserError(str(error)) from error
 
 
 @contextmanager
