@@ -134,13 +134,6 @@ void dequant_4bit(const Tensor packed, const Tensor absmax, const MaybeTensor ne
     if (o.rows && o.cols) fastlora::cpu::dequant_4bit(w, row, col, o, run_on_torch_threads);
 }
 
-// Whether matmul_4bit takes this weight for any number of rows and transposed.
-bool matmul_4bit_on_tiles(int64_t dtype, int64_t blocksize, int64_t cols) {
-    Packed4bit w{};
-    w.blocksize = blocksize, w.cols = cols;
-    return fastlora::cpu::matmul_4bit_on_tiles(static_cast<DType>(dtype), w);
-}
-
 void matmul_4bit(const Tensor x, const Tensor packed, const Tensor absmax, const MaybeTensor nested_code,
                  const MaybeTensor nested_absmax, const MaybeTensor nested_offset, int64_t blocksize,
                  int64_t nested_blocksize, bool fp4, bool transposed, const Tensor out) {
@@ -301,7 +294,6 @@ void dropout_mask(const Tensor state, double keep, int64_t rows, int64_t cols, c
 STABLE_TORCH_LIBRARY(pyfastlora, m) {
     m.def("cpu_level() -> int");
     m.def("dequant_4bit(" FASTLORA_PACKED_4BIT "int rows, int cols, int row, int col, Tensor(a!) out) -> ()");
-    m.def("matmul_4bit_on_tiles(int dtype, int blocksize, int cols) -> bool");
     m.def("matmul_4bit(Tensor x, " FASTLORA_PACKED_4BIT "bool transposed, Tensor(a!) out) -> ()");
     m.def("glu_forward(Tensor gate, Tensor up, int act, Tensor(a!) out) -> ()");
     m.def(
@@ -324,7 +316,6 @@ STABLE_TORCH_LIBRARY(pyfastlora, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfastlora, CompositeExplicitAutograd, m) {
-    m.impl("matmul_4bit_on_tiles", TORCH_BOX(&matmul_4bit_on_tiles));
     m.impl("cpu_level", TORCH_BOX(&cpu_level));
 }
 

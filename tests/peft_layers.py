@@ -1,4 +1,6 @@
-"""Single PEFT layers of every kind the fused regions take, their float64 twins, and the Projection that describes them."""
+"""Single PEFT layers of every kind the fused regions take, their float64 twins, and the Projection that
+describes them.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _problems(dtype: str) -> list[Problem]:
     if not isinstance(wanted, torch.dtype):
         raise click.BadParameter(f"{dtype!r} is no dtype of torch, such as bfloat16", param_hint="--dtype")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    return [_registry.problem_of(torch.empty(0, dtype=wanted, device=device)) for device in devices]
+    return [_registry.problem_of(torch.device(device), wanted) for device in devices]
 
 
 def _ops(problem: Problem) -> list[tuple[str, str]]:

@@ -1,4 +1,5 @@
 """Autograd regions: several PEFT operations as one node, with the formulas written out.
 
-`projections` holds linears that share an input. Each file states its forward, every gradient and what it saves.
+`projections` holds linears that share an input. Each file states its forward, every gradient and what it
+saves.
 """

@@ -1,21 +1,23 @@
 """Adapted linears that share one input, as one autograd node.
 
-Forward, for each projection i of x [T, I] (D: dropout, s: scaling, g = m / ||W + s B A||, m: DoRA's magnitude):
+Forward, for each projection i of x [T, I] (D: dropout, s: scaling, g = m / ||W + s B A||, m: DoRA's
+magnitude):
 
     LoRA             y = x W^T + s (D(x) A^T) B^T + (b + s b_B)
     DoRA             y = g (x W^T + s (x A^T) B^T) + b
     DoRA, dropout    y = x W^T + (g - 1) D(x) W^T + g s (D(x) A^T) B^T + b
 
-Backward, with S = D(x) A^T, G = dy^T S, u the base product that g multiplies (x W^T, or D(x) W^T under dropout), and
-the norm a constant as in PEFT:
+Backward, with S = D(x) A^T, G = dy^T S, u the base product that g multiplies (x W^T, or D(x) W^T under
+dropout), and the norm a constant as in PEFT:
 
-    dB = s g G                 dS = s dy (g B)            dA = dS^T D(x)          db = sum dy,  db_B = s sum dy
-    dm = (sum_t dy u + s <B, G>) / norm                   dx = (g dy) W + D(dS A), summed over the projections
+    dB = s g G                 dS = s dy (g B)            dA = dS^T D(x)          db = sum dy,  db_B = s sum
+    dy dm = (sum_t dy u + s <B, G>) / norm                   dx = (g dy) W + D(dS A), summed over the
+    projections
 
-The rank-r products and every sum are float32 (float64 for float64 inputs), rounded once where they meet an output: at
-least as exact as PEFT's. Saved: x itself (shared with the caller), S [T, r] float32, the dropout mask as bits (1/16 of
-a bfloat16 x), for DoRA u [T, O]. Not differentiable twice. Sources: Hu et al. 2021, Liu et al. 2024, and for each
-rounding and cast peft/tuners/lora/{layer,bnb,dora,variants}.py.
+The rank-r products and every sum are float32 (float64 for float64 inputs), rounded once where they meet an
+output: at least as exact as PEFT's. Saved: x itself (shared with the caller), S [T, r] float32, the dropout
+mask as bits (1/16 of a bfloat16 x), for DoRA u [T, O]. Not differentiable twice. Sources: Hu et al. 2021, Liu
+et al. 2024, and for each rounding and cast peft/tuners/lora/{layer,bnb,dora,variants}.py.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from pyfastlora.ops import (
     lora_shrink,
     lora_shrink_many,
 )
+from pyfastlora.ops._registry import requests, requests_in_force
 from pyfastlora.ops._shapes import rows_of
 from pyfastlora.weights import FrozenWeight
 
@@ -47,8 +50,9 @@ from pyfastlora.weights import FrozenWeight
 class Projection:
     """One linear of the region: the frozen weight W [O, I] and what PEFT adds to it.
 
-    lora_A [r, I] and lora_B [O, r] come together or not at all. `dropout` is the probability in force for this call (0
-    in eval mode). `lora_bias` [O] is multiplied by `scaling`, as PEFT does; it does not go with DoRA's `magnitude` [O].
+    lora_A [r, I] and lora_B [O, r] come together or not at all. `dropout` is the probability in force for
+    this call (0 in eval mode). `lora_bias` [O] is multiplied by `scaling`, as PEFT does; it does not go with
+    DoRA's `magnitude` [O].
     """
 
     weight: FrozenWeight
@@ -64,8 +68,9 @@ class Projection:
 def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """The outputs [..., O_i] of `projections` for x [..., I], with one node in the graph.
 
-    The output's dtype is the base layer's: autocast's where it is on, else the weight's (4-bit: x's). Dropout masks are
-    drawn in the order of `projections` from torch's default generator. Raises ValueError for tensors that do not fit.
+    The output's dtype is the base layer's: autocast's where it is on, else the weight's (4-bit: x's). Dropout
+    masks are drawn in the order of `projections` from torch's default generator. Raises ValueError for
+    tensors that do not fit.
     """
     tensors: list[Tensor | None] = []
     for projection in projections:
@@ -84,7 +89,9 @@ def _trainable(p: Projection) -> tuple[Tensor | None, ...]:
 def _check(x: Tensor, p: Projection) -> None:
     outer, inner = p.weight.shape
     if x.dim() == 0 or x.shape[-1] != inner:
-        raise ValueError(f"fused_projections: x must end in {inner} columns for W {[outer, inner]}; got {list(x.shape)}")
+        raise ValueError(
+            f"fused_projections: x must end in {inner} columns for W {[outer, inner]}; got {list(x.shape)}"
+        )
     if (p.lora_A is None) != (p.lora_B is None):
         raise ValueError("fused_projections: lora_A and lora_B come together; one of them is missing")
     if p.lora_A is None or p.lora_B is None:
@@ -115,7 +122,9 @@ class _Kept:
 
 class _FusedProjections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, projections: tuple[Projection, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         rows = rows_of(x)
         with _no_autocast(x) as cast:
             kept = [_Kept(cast or p.weight.compute_dtype(x)) for p in projections]
@@ -130,6 +139,7 @@ class _FusedProjections(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.projections = projections
         ctx.plan = [(k.compute, k.wide, k.mask.scale if k.mask else 1.0) for k in kept]
+        ctx.requests = requests_in_force()
         ctx.set_materialize_grads(False)
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs)
 
@@ -147,23 +157,29 @@ class _FusedProjections(torch.autograd.Function):
             projections.append(Projection(weight, bias, a, b, lora_bias, p.scaling, p.dropout, magnitude))
             mask = None if bits is None else DropoutMask(bits, scale)
             kept.append(_Kept(compute, wide, s, mask, base, norm))
-        with _no_autocast(x):
+        with _no_autocast(x), requests(ctx.requests):
             return _backward(x, projections, kept, grads, ctx.needs_input_grad)
 
 
-# ---- forward --------------------------------------------------------------------------------------------------------
+# ---- forward
+# --------------------------------------------------------------------------------------------------------
 
 
 def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[_Kept]) -> None:
     """Fill `s` of every adapted projection; those without a mask share one pass over x."""
-    plain = [i for i, (p, k) in enumerate(zip(projections, kept, strict=True)) if p.lora_A is not None and not k.mask]
-    factors = [a for i in plain if (a := projections[i].lora_A) is not None]
-    if factors:
-        for i, s in zip(plain, lora_shrink_many(rows, factors), strict=True):
-            kept[i].s = s
+    plain: list[_Kept] = []
+    factors: list[Tensor] = []
     for p, k in zip(projections, kept, strict=True):
-        if p.lora_A is not None and k.mask is not None:
+        if p.lora_A is None:
+            continue
+        if k.mask is None:
+            plain.append(k)
+            factors.append(p.lora_A)
+        else:
             k.s = lora_shrink(rows, p.lora_A, mask=k.mask)
+    if factors:
+        for k, s in zip(plain, lora_shrink_many(rows, factors), strict=True):
+            k.s = s
 
 
 def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
@@ -180,9 +196,14 @@ def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
     gain = p.magnitude.to(k.norm.dtype) / k.norm
     if k.mask is None:
         k.base = y  # kept without the adapter's part: <B, G> gives that exactly, and y has one rounding less
-        return lora_expand(y, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=torch.empty_like(y))
-    # PEFT's second product runs in the dtype of its dropped-out copy of x: the adapter's, unless autocast is on.
-    k.wide = k.compute if k.compute != p.weight.compute_dtype(x) else torch.promote_types(x.dtype, p.lora_A.dtype)
+        return lora_expand(
+            y, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=torch.empty_like(y)
+        )
+    # PEFT's second product runs in the dtype of its dropped-out copy of x: the adapter's, unless autocast is
+    # on.
+    k.wide = (
+        k.compute if k.compute != p.weight.compute_dtype(x) else torch.promote_types(x.dtype, p.lora_A.dtype)
+    )
     dropped = dropout_apply(rows.to(torch.promote_types(x.dtype, k.wide)), k.mask).to(k.wide)
     k.base = p.weight.linear(dropped, stored=True)
     total = torch.addcmul(y.to(k.norm.dtype), k.base.to(k.norm.dtype), gain - 1)
@@ -197,7 +218,8 @@ def _offset(p: Projection, wide: torch.dtype) -> Tensor | None:
     return scaled if p.bias is None else scaled + p.bias.to(wide)
 
 
-# ---- backward -------------------------------------------------------------------------------------------------------
+# ---- backward
+# -------------------------------------------------------------------------------------------------------
 
 
 def _backward(
@@ -210,7 +232,9 @@ def _backward(
     rows = rows_of(x)
     dx: Tensor | None = None
     out: list[Tensor | None] = []
-    low_rank: list[tuple[Tensor, Tensor, DropoutMask | None]] = []  # (dS, A, mask): dx's low-rank part, added last
+    low_rank: list[
+        tuple[Tensor, Tensor, DropoutMask | None]
+    ] = []  # (dS, A, mask): dx's low-rank part, added last
     for i, (p, k, grad) in enumerate(zip(projections, kept, grads, strict=True)):
         wanted = needs[2 + PER_PROJECTION * i : 2 + PER_PROJECTION * (i + 1)]
         if grad is None:
@@ -230,7 +254,13 @@ def _backward(
 
 
 def _backward_one(
-    rows: Tensor, dy: Tensor, p: Projection, k: _Kept, wanted: Sequence[bool], wants_dx: bool, dx: Tensor | None
+    rows: Tensor,
+    dy: Tensor,
+    p: Projection,
+    k: _Kept,
+    wanted: Sequence[bool],
+    wants_dx: bool,
+    dx: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """(dx with this projection's base part added, dS, gradients of bias, A, B, b_B, m)."""
     wants_bias, wants_a, wants_b, wants_lora_bias, wants_m = wanted
@@ -255,7 +285,11 @@ def _backward_one(
                 d_a = lora_grad(ds, rows, mask=k.mask).to(p.lora_A.dtype)
     if wants_dx:
         dx = _add_base_grad(dy, dz, p, k, dx)
-    total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if wants_bias or wants_lora_bias else None
+    total = (
+        dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        if wants_bias or wants_lora_bias
+        else None
+    )
     d_bias = total.to(p.bias.dtype) if wants_bias and total is not None and p.bias is not None else None
     d_lora_bias = (
         (total * p.scaling).to(p.lora_bias.dtype)
@@ -272,7 +306,9 @@ def _add_base_grad(dy: Tensor, dz: Tensor, p: Projection, k: _Kept, dx: Tensor |
         same = dx is not None and dx.dtype == dz.dtype
         grad = p.weight.input_grad(dz, dx if same else None)
         return grad if dx is None or same else dx + grad
-    exact = torch.promote_types(k.wide, torch.float32)  # two rounded products: their sum is not rounded again yet
+    exact = torch.promote_types(
+        k.wide, torch.float32
+    )  # two rounded products: their sum is not rounded again yet
     second = p.weight.input_grad(dz.to(k.wide), stored=True).to(exact)
     grad = dropout_apply(second, k.mask, out=second).add_(p.weight.input_grad(dy.to(k.compute)))
     return grad if dx is None else grad.add_(dx)
@@ -280,7 +316,9 @@ def _add_base_grad(dy: Tensor, dz: Tensor, p: Projection, k: _Kept, dx: Tensor |
 
 @contextlib.contextmanager
 def _no_autocast(x: Tensor) -> Any:
-    """Autocast off inside, because every cast here is explicit; gives the dtype it would have cast x to, or None."""
+    """Autocast off inside, because every cast here is explicit; gives the dtype it would have cast x to, or
+    None.
+    """
     device = x.device.type
     if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
         yield None

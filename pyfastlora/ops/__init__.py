@@ -1,7 +1,8 @@
-"""The kernels as functions: each picks the best implementation for its tensors (`fastlora info` shows the choices).
+"""The kernels as functions: each picks the best implementation for its tensors (`fastlora info` shows the
+choices).
 
-Every op has a torch reference, which also runs in float64, and compiled CPU kernels; `pyfastlora.backend("reference")`
-forces one for the calls inside.
+Every op has a torch reference, which also runs in float64, and compiled CPU kernels;
+`pyfastlora.backend("reference")` forces one for the calls inside.
 """
 
 from pyfastlora.ops._registry import BackendError, Problem, all_ops, backend

@@ -1,9 +1,9 @@
 """The dispatcher: which implementation of an op runs, and why the others do not.
 
-An `Op` holds its implementations in order of preference. For a `Problem` (device, arch, dtype) the first one without an
-objection is taken; the choice is made once per problem and cached, so a call costs a dictionary look-up. A requested
-backend (environment variable FASTLORA_BACKEND, or `backend(...)`) is taken or refused with every candidate's
-reason; it never becomes another one silently.
+An `Op` holds its implementations in order of preference. For a `Problem` (device, arch, dtype) the first one
+without an objection is taken; the choice is made once per problem and cached, so a call costs a dictionary
+look-up. A requested backend (environment variable FASTLORA_BACKEND, or `backend(...)`) is taken or refused
+with every candidate's reason; it never becomes another one silently.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What an implementation may object to: `device` "cpu", "cuda", ..; `arch` "avx512", "sm_90", ..; `dtype` "bfloat16"."""
+    """What an implementation may object to: `device` "cpu", "cuda", ..; `arch` "avx512", "sm_90", ..; `dtype`
+    "bfloat16".
+    """
 
     device: str
     arch: str
@@ -44,7 +46,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One way to run an op. `why_not(problem)` is None, or a fragment that reads after the name: "needs a GPU"."""
+    """One way to run an op. `why_not(problem)` is None, or a fragment that reads after the name: "needs a
+    GPU".
+    """
 
     name: str
     run: Callable[..., Any]
@@ -65,7 +69,8 @@ class Op:
         key = (tensor.device, dtype or tensor.dtype, _requests.get(self.name), _requests.get("*"))
         run = self._chosen.get(key)
         if run is None:
-            run = self._chosen[key] = self.choose(problem_of(tensor, dtype)).run
+            chosen = _chosen_name(self.name, tensor.device, dtype or tensor.dtype)
+            run = self._chosen[key] = next(i.run for i in self.implementations if i.name == chosen)
         return run
 
     def choose(self, problem: Problem) -> Implementation:
@@ -86,7 +91,9 @@ class Op:
 
     def candidates(self, problem: Problem) -> list[tuple[str, str | None]]:
         """(name, objection or None) of every implementation, in order of preference."""
-        return [(implementation.name, implementation.why_not(problem)) for implementation in self.implementations]
+        return [
+            (implementation.name, implementation.why_not(problem)) for implementation in self.implementations
+        ]
 
     def _refusal(self, wanted: str, problem: Problem) -> str:
         lines = [f"{self.name}: `{wanted}` was requested and cannot take {problem}:"]
@@ -98,12 +105,18 @@ class Op:
         return "\n".join(lines)
 
 
-def problem_of(tensor: Tensor, dtype: torch.dtype | None = None) -> Problem:
-    """The problem that a call on `tensor` poses."""
-    device = tensor.device.type
-    return Problem(device, arch_of(tensor.device), str(dtype or tensor.dtype).removeprefix("torch."))
+def problem_of(device: torch.device, dtype: torch.dtype) -> Problem:
+    """The problem that a call in `dtype` on `device` poses."""
+    return Problem(device.type, arch_of(device), str(dtype).removeprefix("torch."))
 
 
+@torch.compiler.assume_constant_result
+def _chosen_name(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    # Constant for torch.compile, which cannot trace the loading of a library.
+    return _ops[op].choose(problem_of(device, dtype)).name
+
+
+@torch.compiler.assume_constant_result
 def arch_of(device: torch.device) -> str:
     """Instruction set of a CPU ("avx512"), compute capability ("sm_90") or gfx name of a GPU, else ""."""
     if device.type == "cpu":
@@ -141,15 +154,31 @@ def all_ops() -> tuple[Op, ...]:
 def backend(spec: str) -> Iterator[None]:
     """Request backends for the calls inside: "reference", or per op "glu_forward=cpu,dequant_4bit=reference".
 
-    "auto" lifts the requests in force. Process-wide, because autograd runs backward passes on threads of its own.
+    "auto" lifts the requests in force. Process-wide, because autograd runs backward passes on threads of its
+    own.
     """
-    global _requests
-    before = _requests
-    _requests = parse_requests(spec)
-    try:
+    with requests(parse_requests(spec)):
         yield
-    finally:
-        _requests = before
+
+
+def requests_in_force() -> dict[str, str]:
+    """The requests that a call made now would obey, for a backward pass to obey them too."""
+    return _requests
+
+
+class requests:  # noqa: N801  (a context manager, used like a function)
+    """Put requests in force for the calls inside."""
+
+    def __init__(self, requested: dict[str, str]) -> None:
+        self._requested = requested
+
+    def __enter__(self) -> None:
+        global _requests
+        self._before, _requests = _requests, self._requested
+
+    def __exit__(self, *_: object) -> None:
+        global _requests
+        _requests = self._before
 
 
 def parse_requests(spec: str) -> dict[str, str]:

@@ -12,7 +12,9 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def check_same(op: str, **tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors have the first one's shape, dtype and device, and at least one dimension."""
+    """Raise ValueError unless all tensors have the first one's shape, dtype and device, and at least one
+    dimension.
+    """
     (first_name, first), *others = tensors.items()
     if first.dim() == 0:
         raise ValueError(f"{op}: {first_name} must have at least one dimension; got a scalar")
@@ -24,5 +26,5 @@ def check_same(op: str, **tensors: Tensor) -> None:
 
 
 def describe(x: Tensor) -> str:
-    """"[3, 4] float32 on cpu"."""
+    """ "[3, 4] float32 on cpu"."""
     return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

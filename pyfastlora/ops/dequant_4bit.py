@@ -1,7 +1,8 @@
 """dequant_4bit: bitsandbytes' NF4 and FP4 blocks to float, bit-equal to bitsandbytes.
 
-    value[n, k] = code[nibble[n, k]] * absmax[(n K + k) // blocksize]            in float32, rounded once to the output
-    absmax[b]   = nested_code[absmax[b]] * nested_absmax[b // nested_blocksize] + nested_offset    when nested
+    value[n, k] = code[nibble[n, k]] * absmax[(n K + k) // blocksize]            in float32, rounded once to
+    the output absmax[b]   = nested_code[absmax[b]] * nested_absmax[b // nested_blocksize] + nested_offset
+    when nested
 
 Source: bitsandbytes/backends/default/ops.py and csrc/kernels.cu (dequantize_4bit, dequantize_blockwise).
 """
@@ -42,9 +43,10 @@ _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 class Packed4bit:
     """A 4-bit weight of `shape` [O, I] as bitsandbytes stores it.
 
-    packed uint8 [ceil(O I / 2)], the even element of a pair in the high nibble. absmax float32 [blocks]; or, nested,
-    uint8 [blocks] with nested_code float32 [256], nested_absmax float32 and nested_offset float32 [1]. `dtype` is the
-    one the weight had before it was quantised; `dequant_4bit` gives it back unless told otherwise.
+    packed uint8 [ceil(O I / 2)], the even element of a pair in the high nibble. absmax float32 [blocks]; or,
+    nested, uint8 [blocks] with nested_code float32 [256], nested_absmax float32 and nested_offset float32
+    [1]. `dtype` is the one the weight had before it was quantised; `dequant_4bit` gives it back unless told
+    otherwise.
     """
 
     packed: Tensor
@@ -93,18 +95,22 @@ def dequant_4bit(
 ) -> Tensor:
     """The weight, or its half-open range of rows and columns, as float.
 
-    dtype: of the result (default `w.dtype`, or `out`'s). rows, cols: ranges in [0, O] and [0, I]. out: [rows, cols]
-    with packed columns and any row pitch, written and returned; else a new tensor. Raises ValueError where a range or
-    `out` does not fit.
+    dtype: of the result (default `w.dtype`, or `out`'s). rows, cols: ranges in [0, O] and [0, I]. out: [rows,
+    cols] with packed columns and any row pitch, written and returned; else a new tensor. Raises ValueError
+    where a range or `out` does not fit.
     """
     (row, row_end), (col, col_end) = rows or (0, w.shape[0]), cols or (0, w.shape[1])
     if not (0 <= row <= row_end <= w.shape[0] and 0 <= col <= col_end <= w.shape[1]):
-        raise ValueError(f"dequant_4bit: rows {rows} and cols {cols} must lie inside the weight {list(w.shape)}")
+        raise ValueError(
+            f"dequant_4bit: rows {rows} and cols {cols} must lie inside the weight {list(w.shape)}"
+        )
     size = (row_end - row, col_end - col)
     if out is None:
         out = torch.empty(size, dtype=dtype or w.dtype, device=w.packed.device)
     elif tuple(out.shape) != size or (dtype is not None and out.dtype != dtype):
-        raise ValueError(f"dequant_4bit: out must be {list(size)} {dtype or ''}; got {list(out.shape)} {out.dtype}")
+        raise ValueError(
+            f"dequant_4bit: out must be {list(size)} {dtype or ''}; got {list(out.shape)} {out.dtype}"
+        )
     OP.pick(w.packed, out.dtype)(w, row, col, out)
     return out
 
@@ -136,4 +142,6 @@ def cpu(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
     torch.ops.pyfastlora.dequant_4bit(*w.native, *w.shape, row, col, out)
 
 
-OP = Op("dequant_4bit", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
+OP = Op(
+    "dequant_4bit", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+)

@@ -2,7 +2,8 @@
 
     dz = dy * gain,   dgain = sum over tokens of dy * z         gain = magnitude / norm, z the unscaled sum
 
-float32 inside (float64 for float64 tensors). Source: Liu et al. 2024 (DoRA), section 4.3: the norm is a constant.
+float32 inside (float64 for float64 tensors). Source: Liu et al. 2024 (DoRA), section 4.3: the norm is a
+constant.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pyfastlora.ops._shapes import check_same
 
 
 def dora_grad(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz [T, O] in dy's dtype, dgain [O] float32, or float64): dy and z [T, O] with packed columns, gain [O].
+    """(dz [T, O] in dy's dtype, dgain [O] float32, or float64): dy and z [T, O] with packed columns, gain
+    [O].
 
     Raises ValueError when dy and z differ in shape, dtype or device.
     """

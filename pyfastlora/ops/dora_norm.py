@@ -2,8 +2,9 @@
 
     ||W_o + s (B A)_o||^2 = ||W_o||^2 + 2 s <W_o A^T, B_o> + s^2 B_o (A A^T) B_o^T
 
-One pass over W, dense or packed; float32 inside (float64 for float64 weights). PEFT makes B A by pushing an identity
-through the adapter and adds it to a copy of W. Source: Liu et al. 2024 (DoRA), peft/tuners/lora/dora.py.
+One pass over W, dense or packed; float32 inside (float64 for float64 weights). PEFT makes B A by pushing an
+identity through the adapter and adds it to a copy of W. Source: Liu et al. 2024 (DoRA),
+peft/tuners/lora/dora.py.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pyfastlora.ops.dequant_4bit import DTYPE_CODES, Packed4bit, dequant_4bit
 def dora_norm(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """||W_o + scale (B A)_o|| for every output row, float32 [O] (float64 for a float64 weight).
 
-    w [O, I] dense with packed columns, or packed 4-bit (its values rounded to `w.dtype`); a [R, I], b [O, R] float.
-    Raises ValueError when the factors do not fit.
+    w [O, I] dense with packed columns, or packed 4-bit (its values rounded to `w.dtype`); a [R, I], b [O, R]
+    float. Raises ValueError when the factors do not fit.
     """
     if tuple(w.shape) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
         raise ValueError(
-            f"dora_norm: a [R, I] and b [O, R] must fit the weight {list(w.shape)}; got {list(a.shape)} and {list(b.shape)}"
+            f"dora_norm: a [R, I] and b [O, R] must fit the weight {list(w.shape)}; "
+            f"got {list(a.shape)} and {list(b.shape)}"
         )
     return OP.pick(a, w.dtype)(w, a, b, scale)
 

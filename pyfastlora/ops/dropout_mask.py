@@ -1,8 +1,8 @@
 """dropout_mask: the elements torch's dropout would keep, one bit each, from the same generator.
 
-`mask(x, p)` draws exactly what `torch.nn.functional.dropout(x, p, training=True)` would draw and leaves the generator in
-the same state, so a model gives the same numbers with and without this library. Kept as bits, a mask costs 1/16 of a
-bfloat16 activation; torch keeps it in the activation's own dtype.
+`mask(x, p)` draws exactly what `torch.nn.functional.dropout(x, p, training=True)` would draw and leaves the
+generator in the same state, so a model gives the same numbers with and without this library. Kept as bits, a
+mask costs 1/16 of a bfloat16 activation; torch keeps it in the activation's own dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
 
 @dataclass(frozen=True, slots=True)
 class DropoutMask:
-    """bits uint8 [T, 2 ceil(C / 16)]: bit k % 8 of byte k / 8 keeps element k of a row. scale = 1 / (1 - p)."""
+    """bits uint8 [T, 2 ceil(C / 16)]: bit k % 8 of byte k / 8 keeps element k of a row. scale is 1 / (1"""
 
     bits: Tensor
     scale: float
@@ -32,7 +32,8 @@ class DropoutMask:
 def dropout_mask(x: Tensor, p: float) -> DropoutMask:
     """The mask of dropout with probability `p` on x [..., C], as rows.
 
-    Raises ValueError unless 0 <= p < 1. Source: aten/src/ATen/native/Dropout.cpp (one bernoulli draw over x's memory).
+    Raises ValueError unless 0 <= p < 1. Source: aten/src/ATen/native/Dropout.cpp (one bernoulli draw over x's
+    memory).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout_mask: p must be in [0, 1); got {p}")
@@ -54,7 +55,8 @@ def reference(x: Tensor, keep: float) -> Tensor:
 
 
 def cpu(x: Tensor, keep: float) -> Tensor:
-    # torch draws in the order of memory: for another layout than the packed one that is not the order of rows.
+    # torch draws in the order of memory: for another layout than the packed one that is not the order of
+    # rows.
     if not x.is_contiguous() or torch.compiler.is_compiling():
         return reference(x, keep)
     cols = x.shape[-1]
@@ -66,4 +68,6 @@ def cpu(x: Tensor, keep: float) -> Tensor:
     return bits
 
 
-OP = Op("dropout_mask", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
+OP = Op(
+    "dropout_mask", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+)

@@ -3,8 +3,8 @@
     y = act(gate) * up
     dgate = dy * up * act'(gate),   dup = dy * act(gate),   product = act(gate) * up
 
-act: silu, gelu (exact, through erf), gelu_tanh, relu, relu2 (relu squared). The maths is float32 whatever the tensors'
-dtype, rounded once per output. Sources: Shazeer 2020 (GLU variants), So et al. 2021 (squared ReLU).
+act: silu, gelu (exact, through erf), gelu_tanh, relu, relu2 (relu squared). The maths is float32 whatever the
+tensors' dtype, rounded once per output. Sources: Shazeer 2020 (GLU variants), So et al. 2021 (squared ReLU).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 def glu_forward(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     """act(gate) * up.
 
-    gate, up [..., O], one shape and float dtype; rows of any pitch are read in place when the tensor is 2-D, other
-    layouts are copied. Returns a new, packed tensor. Raises ValueError for shapes that differ or an unknown act.
+    gate, up [..., O], one shape and float dtype; rows of any pitch are read in place when the tensor is 2-D,
+    other layouts are copied. Returns a new, packed tensor. Raises ValueError for shapes that differ or an
+    unknown act.
     """
     check_same("glu_forward", gate=gate, up=up)
     _check_act("glu_forward", act)
@@ -60,7 +61,9 @@ def activate(x: Tensor, act: str) -> tuple[Tensor, Tensor]:
     if act == "gelu_tanh":
         k = (2 / torch.pi) ** 0.5
         tanh = torch.tanh(k * (x + 0.044715 * x**3))
-        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * k * (1 + 3 * 0.044715 * x**2)
+        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * k * (
+            1 + 3 * 0.044715 * x**2
+        )
     positive = F.relu(x)
     return (positive, (x > 0).to(x.dtype)) if act == "relu" else (positive**2, 2 * positive)
 

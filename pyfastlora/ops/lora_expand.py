@@ -1,7 +1,8 @@
 """lora_expand: from the rank back up, added to the base: `gain * (y + scale * D(s B^T)) + offset`.
 
-Float32 inside (float64 for float64 y), rounded once. `gain` is DoRA's m / norm, `offset` the biases. In the backward
-pass the same op adds the adapter's share of the input gradient, with the factor A and the forward's dropout mask.
+Float32 inside (float64 for float64 y), rounded once. `gain` is DoRA's m / norm, `offset` the biases. In the
+backward pass the same op adds the adapter's share of the input gradient, with the factor A and the forward's
+dropout mask.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def lora_expand(
 ) -> Tensor:
     """gain * (y + scale * D(s b^T)) + offset, in place unless `out` is given; returns what was written.
 
-    y [T, O] float, packed columns; s [T, R] as `lora_shrink` makes it; b [O, R], or [R, O] when `transposed`; gain and
-    offset [O]; mask and out of y's shape. Raises ValueError when s or b does not fit y.
+    y [T, O] float, packed columns; s [T, R] as `lora_shrink` makes it; b [O, R], or [R, O] when `transposed`;
+    gain and offset [O]; mask and out of y's shape. Raises ValueError when s or b does not fit y.
     """
     ranks, outer = (b.shape[0], b.shape[1]) if transposed else (b.shape[1], b.shape[0])
     if y.dim() != 2 or y.shape[1] != outer or s.shape != (y.shape[0], ranks):
@@ -88,4 +89,6 @@ def _wide(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.float().contiguous()
 
 
-OP = Op("lora_expand", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
+OP = Op(
+    "lora_expand", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+)

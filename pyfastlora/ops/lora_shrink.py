@@ -1,7 +1,8 @@
-"""lora_shrink: activations down to the rank, `scale * D(x) A^T`, without widening or dropping out a copy of x.
+"""lora_shrink: activations down to the rank, `scale * D(x) A^T`, without widening or dropping out a copy of
+x.
 
-Sums are float32 (float64 for float64 inputs) whatever the dtypes of x and of the factor. Source: Hu et al. 2021; the
-name is the field's (Punica, Chen et al. 2023).
+Sums are float32 (float64 for float64 inputs) whatever the dtypes of x and of the factor. Source: Hu et al.
+2021; the name is the field's (Punica, Chen et al. 2023).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ def lora_shrink(
 ) -> Tensor:
     """scale * D(x) a^T [T, R], in float32 (float64 for float64 x).
 
-    x [T, I] float, packed columns; a [R, I], or [I, R] when `transposed`, of any float dtype; mask of x's shape. New
-    tensor. Raises ValueError when a does not fit x.
+    x [T, I] float, packed columns; a [R, I], or [I, R] when `transposed`, of any float dtype; mask of x's
+    shape. New tensor. Raises ValueError when a does not fit x.
     """
     inner = a.shape[0 if transposed else 1]
     if x.dim() != 2 or x.shape[1] != inner:
-        raise ValueError(f"lora_shrink: x must be [T, {inner}] for a factor of {list(a.shape)}; got {list(x.shape)}")
+        raise ValueError(
+            f"lora_shrink: x must be [T, {inner}] for a factor of {list(a.shape)}; got {list(x.shape)}"
+        )
     return OP.pick(x)(x, a, transposed, mask, scale)
 
 
@@ -49,7 +52,8 @@ def reference(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, 
 
 def cpu(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale: float) -> Tensor:
     if mask is None and x.dtype == a.dtype == torch.float32:
-        # The vendor's GEMM: nothing to widen or drop here. 0.23 ms against our 0.43, T=512, I=2048, r=16, one thread.
+        # The vendor's GEMM: nothing to widen or drop here. 0.23 ms against our 0.43, T=512, I=2048, r=16, one
+        # thread.
         return torch.mm(x, a if transposed else a.t()).mul_(scale)
     out = torch.empty(x.shape[0], a.shape[1 if transposed else 0], dtype=torch.float32)
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
@@ -57,4 +61,6 @@ def cpu(x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale:
     return out
 
 
-OP = Op("lora_shrink", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always))
+OP = Op(
+    "lora_shrink", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+)

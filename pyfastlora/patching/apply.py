@@ -160,6 +160,6 @@ def _backend_of(layer: Any, state: LayerState) -> str:
         return state.backend
     (shrink,) = [op for op in all_ops() if op.name == "lora_shrink"]  # every fused layer runs it
     try:
-        return shrink.choose(problem_of(layer.base_layer.weight, probe_dtype(layer))).name
+        return shrink.choose(problem_of(layer.base_layer.weight.device, probe_dtype(layer))).name
     except BackendError:  # requested from outside, for a model that has since been moved or cast
         return state.backend

@@ -280,6 +280,8 @@ def l15_gathered(call: Call) -> str | None:
     inputs, outputs, rank = base["in_features"], base["out_features"], call.shrink.__dict__["out_features"]
     if x.dim() == 0 or x.shape[-1] != inputs:
         return f"x is {list(x.shape)}; its last dimension has to be {inputs}"
+    if x.dim() == 1 and call.magnitude is not None:
+        return f"x is {list(x.shape)}: PEFT's DoRA makes a matrix of a vector"
     for name, tensor in tensors.items():
         if name == "base_layer.weight":
             if call.kind.packed:

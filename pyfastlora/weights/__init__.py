@@ -1,7 +1,8 @@
 """Frozen base weights: one file per storage format, one protocol for all.
 
-A fused region asks a weight for four things and never looks at how it is stored. To add a format: one file here with a
-class of this protocol and a `why_not` that says what it cannot take, and a line in `patching/read.py` that makes it.
+A fused region asks a weight for four things and never looks at how it is stored. To add a format: one file
+here with a class of this protocol and a `why_not` that says what it cannot take, and a line in
+`patching/read.py` that makes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 
 
 class FrozenWeight(Protocol):
-    """W [O, I], not trained. Methods take and give rows: x [T, I], dy [T, O], packed columns, in a dtype of choice."""
+    """W [O, I], not trained. Methods take and give rows: x [T, I], dy [T, O], packed columns, in a dtype of
+    choice.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,9 +41,11 @@ class FrozenWeight(Protocol):
         ...
 
     def linear(self, x: Tensor, *, stored: bool = False) -> Tensor:
-        """x W^T [T, O] in x's dtype, new. A quantised W is decoded to x's dtype, `stored`: to its own dtype first.
+        """x W^T [T, O] in x's dtype, new. A quantised W is decoded to x's dtype, `stored`: to its own dtype
+        first.
 
-        The base layer does the former, PEFT's DoRA the latter (peft.utils.integrations.dequantize_module_weight).
+        The base layer does the former, PEFT's DoRA the latter
+        (peft.utils.integrations.dequantize_module_weight).
         """
         ...
 

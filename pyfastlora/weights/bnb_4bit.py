@@ -1,4 +1,5 @@
-"""4-bit weights of bitsandbytes: `Params4bit` with its `QuantState`, NF4 or FP4, single or double quantisation.
+"""4-bit weights of bitsandbytes: `Params4bit` with its `QuantState`, NF4 or FP4, single or double
+quantisation.
 
 bitsandbytes itself is not imported: a quant state is read by its attributes. Source of the layout:
 bitsandbytes/functional.py (QuantState), bitsandbytes/nn/modules.py (Params4bit, Linear4bit).
@@ -6,7 +7,7 @@ bitsandbytes/functional.py (QuantState), bitsandbytes/nn/modules.py (Params4bit,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def why_not(weight: Tensor, quant_state: Any, compute_dtype: torch.dtype | None)
     if quant_state.quant_type not in ("nf4", "fp4"):
         return f"the 4-bit weight's quant_type is {quant_state.quant_type!r}, not nf4 or fp4"
     if quant_state.blocksize not in BLOCKSIZES:
-        return f"the 4-bit weight's blocksize is {quant_state.blocksize}, not one of {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}"
+        return f"the 4-bit weight's blocksize is {quant_state.blocksize}, not a power of two from 32 to 4096"
     if quant_state.dtype not in DTYPES:
         return f"the 4-bit weight was {quant_state.dtype} before it was quantised"
     if compute_dtype is not None and compute_dtype not in DTYPES:
@@ -43,7 +44,9 @@ def why_not(weight: Tensor, quant_state: Any, compute_dtype: torch.dtype | None)
 
 @dataclass(frozen=True, slots=True)
 class Bnb4bitWeight:
-    """W [O, I] as packed nibbles with their scales. `compute` is the layer's compute_dtype; None: the input's dtype."""
+    """W [O, I] as packed nibbles with their scales. `compute` is the layer's compute_dtype; None: the input's
+    dtype.
+    """
 
     packed: Packed4bit
     compute: torch.dtype | None
@@ -78,8 +81,11 @@ class Bnb4bitWeight:
         return (w.packed, w.absmax, *(tensor for tensor in nested if tensor is not None))
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Bnb4bitWeight:
-        names = ("packed", "absmax", "nested_code", "nested_absmax", "nested_offset")
-        return replace(self, packed=replace(self.packed, **dict(zip(names, tensors, strict=False))))
+        w, (packed, absmax, *nested) = self.packed, tensors
+        code, nested_absmax, offset = nested or (None, None, None)
+        scales = (code, nested_absmax, offset, w.nested_blocksize)
+        again = Packed4bit(packed, absmax, w.shape, w.dtype, w.blocksize, w.quant_type, *scales)
+        return Bnb4bitWeight(again, self.compute)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return self.compute or x.dtype
@@ -102,5 +108,7 @@ class Bnb4bitWeight:
 
 
 def _bytes(weight: Tensor) -> Tensor:
-    """The packed bytes of a Params4bit as a plain, flat uint8 tensor; its storage dtype may be bfloat16 or float32."""
+    """The packed bytes of a Params4bit as a plain, flat uint8 tensor; its storage dtype may be bfloat16 or
+    float32.
+    """
     return weight.data.view(-1).view(torch.uint8)

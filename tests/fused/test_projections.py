@@ -1,10 +1,11 @@
 """The fused projections against float64, PEFT and autograd's finite differences.
 
-What could break: a gradient's scale or its cast, a mask that is not PEFT's, roundings more than PEFT has, tensors kept
-that nobody needs, inputs that need no gradient.
+What could break: a gradient's scale or its cast, a mask that is not PEFT's, roundings more than PEFT has,
+tensors kept that nobody needs, inputs that need no gradient.
 """
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def run(function, layer, x, dy, autocast=None):
 
 
 def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=None, tokens=(2, 40)):
-    """Ours and PEFT's errors against PEFT in float64, averaged over seeds, for the output and every gradient."""
+    """Our and PEFT's errors against PEFT in float64, over seeds, for the output and every gradient."""
     errors = {}
     for seed in SEEDS:
         layer = peft_layer(features, dtype, adapter_dtype, four_bit=four_bit, seed=seed)
@@ -39,7 +40,9 @@ def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=Non
         exact = in_float64(layer)
         truth = run(exact, exact, x.double(), dy.double())
         theirs = run(layer, layer, x, dy, autocast)
-        ours = run(lambda x, layer=layer: fused_projections(x, [projection_of(layer)])[0], layer, x, dy, autocast)
+        ours = run(
+            lambda x, layer=layer: fused_projections(x, [projection_of(layer)])[0], layer, x, dy, autocast
+        )
         assert theirs.keys() == ours.keys() == truth.keys()
         for name, value in ours.items():
             assert value.dtype == theirs[name].dtype and value.shape == theirs[name].shape, name
@@ -69,7 +72,11 @@ def test_as_exact_as_peft(features, dtype, adapter_dtype, four_bit):
 
 
 @pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
-@pytest.mark.parametrize(("base", "x"), [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)], ids=name_of)
+@pytest.mark.parametrize(
+    ("base", "x"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+    ids=name_of,
+)
 @pytest.mark.parametrize("features", FEATURES, ids=str)
 def test_as_exact_as_peft_under_autocast(features, base, x, four_bit):
     if four_bit:
@@ -79,7 +86,9 @@ def test_as_exact_as_peft_under_autocast(features, base, x, four_bit):
 
 COMBINATIONS = [
     Projection(None, bias, "A", "B", lora_bias, 0.7, dropout, magnitude)
-    for bias, lora_bias, dropout, magnitude in itertools.product((None, "b"), (None, "bB"), (0.0, 0.4), (None, "m"))
+    for bias, lora_bias, dropout, magnitude in itertools.product(
+        (None, "b"), (None, "bB"), (0.0, 0.4), (None, "m")
+    )
     if not (lora_bias and magnitude)
 ]
 
@@ -119,11 +128,22 @@ def reference_formula(x, p):
 
 
 def leaves(x, projections):
-    every = [t for p in projections for t in (p.bias, p.lora_A, p.lora_B, p.lora_bias, p.magnitude) if t is not None]
+    every = [
+        t
+        for p in projections
+        for t in (p.bias, p.lora_A, p.lora_B, p.lora_bias, p.magnitude)
+        if t is not None
+    ]
     return [x, *every]
 
 
-@pytest.mark.parametrize("spec", COMBINATIONS, ids=lambda s: f"{'bias' if s.bias else ''}{'bB' if s.lora_bias else ''}{s.dropout}{'m' if s.magnitude else ''}")
+@pytest.mark.parametrize(
+    "spec",
+    COMBINATIONS,
+    ids=lambda s: (
+        f"{'bias' if s.bias else ''}{'bB' if s.lora_bias else ''}{s.dropout}{'m' if s.magnitude else ''}"
+    ),
+)
 def test_every_gradient_is_the_formulas(spec):
     x = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_()
     p = tensors_of(spec)
@@ -137,7 +157,9 @@ def test_every_gradient_is_the_formulas(spec):
     theirs = reference_formula(x, p)
     torch.testing.assert_close(ours(), theirs, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(theirs)
-    for got, want in zip(torch.autograd.grad(ours(), inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(ours(), inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
@@ -181,7 +203,9 @@ def test_several_projections_share_one_input():
         (Projection(None, **whole, scaling=2.0, magnitude="m"), 3, 2),
         (Projection(None, **whole, scaling=1.5, dropout=0.3), 7, 1),
     ]
-    projections = [tensors_of(spec, outer=outer, ranks=ranks, seed=i) for i, (spec, outer, ranks) in enumerate(specs)]
+    projections = [
+        tensors_of(spec, outer=outer, ranks=ranks, seed=i) for i, (spec, outer, ranks) in enumerate(specs)
+    ]
     inputs = leaves(x, projections)
     torch.manual_seed(5)
     ours = fused_projections(x, projections)
@@ -190,13 +214,19 @@ def test_several_projections_share_one_input():
     for got, want in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     dys = [torch.randn_like(y) for y in theirs]
-    for got, want in zip(torch.autograd.grad(ours, inputs, dys), torch.autograd.grad(theirs, inputs, dys), strict=True):
+    for got, want in zip(
+        torch.autograd.grad(ours, inputs, dys), torch.autograd.grad(theirs, inputs, dys), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
     partial = torch.autograd.grad(fused_projections(x, projections)[2].sum(), inputs, allow_unused=True)
     assert partial[0] is not None and [g is None for g in partial[1:4]] == [True] * 3
 
 
-@pytest.mark.parametrize("spec", [COMBINATIONS[0], COMBINATIONS[-1], Projection(None, None, "A", "B", None, 1.0, 0.4, "m")], ids=["lora", "all", "dora"])
+@pytest.mark.parametrize(
+    "spec",
+    [COMBINATIONS[0], COMBINATIONS[-1], Projection(None, None, "A", "B", None, 1.0, 0.4, "m")],
+    ids=["lora", "all", "dora"],
+)
 def test_only_the_gradients_asked_for(spec):
     p = tensors_of(spec)
     names = [n for n in ("bias", "lora_A", "lora_B", "lora_bias", "magnitude") if getattr(p, n) is not None]
@@ -225,7 +255,16 @@ def test_magnitude_zero_has_finite_gradients():
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("features", "budget"), [(Features(rank=16), 0.05), (Features(rank=16, dropout=0.1), 0.3), (Features(rank=16, dora=True), 1.1), (Features(rank=16, dora=True, dropout=0.1), 2.3)], ids=str)
+@pytest.mark.parametrize(
+    ("features", "budget"),
+    [
+        (Features(rank=16), 0.05),
+        (Features(rank=16, dropout=0.1), 0.3),
+        (Features(rank=16, dora=True), 1.1),
+        (Features(rank=16, dora=True, dropout=0.1), 2.3),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=name_of)
 @pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
 def test_saved_bytes(features, budget, adapter_dtype, four_bit):
@@ -260,7 +299,9 @@ def test_backward_twice_over_a_retained_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("features", [Features(rank=3, dropout=0.2), Features(rank=3, dora=True, base_bias=True)], ids=str)
+@pytest.mark.parametrize(
+    "features", [Features(rank=3, dropout=0.2), Features(rank=3, dora=True, base_bias=True)], ids=str
+)
 def test_shapes_and_layouts(features, dtype):
     layer = peft_layer(features, dtype, inner=33, outer=19)
     for x in (
@@ -300,4 +341,45 @@ def test_errors_say_what_did_not_fit():
     with pytest.raises(ValueError, match="magnitude and lora_bias need"):
         fused_projections(torch.zeros(3, 5), [Projection(w, magnitude=torch.ones(4))])
     with pytest.raises(ValueError, match="DoRA with a bias on lora_B"):
-        fused_projections(torch.zeros(3, 5), [Projection(w, None, a, b, torch.zeros(4), magnitude=torch.ones(4))])
+        fused_projections(
+            torch.zeros(3, 5), [Projection(w, None, a, b, torch.zeros(4), magnitude=torch.ones(4))]
+        )
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    "features", [Features(), Features(dropout=0.1), Features(dora=True, base_bias=True)], ids=str
+)
+def test_one_graph_under_torch_compile(features, four_bit):
+    torch._dynamo.reset()
+    layer = peft_layer(features, torch.bfloat16, four_bit=four_bit)
+    projection = projection_of(layer)
+    x, dy = torch.randn(6, 128).bfloat16(), torch.randn(6, 192).bfloat16()
+
+    def function(x):
+        return fused_projections(x, [projection])[0]
+
+    want = run(function, layer, x, dy)
+    got = run(torch.compile(function, fullgraph=True, backend="aot_eager"), layer, x, dy)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_the_backward_obeys_the_forwards_backend():
+    from pyfastlora.ops import backend, lora_grad
+
+    seen = []
+    op = sys.modules[lora_grad.__module__].OP
+    p = tensors_of(Projection(None, None, "A", "B", None, 1.0))
+    single = Projection(DenseWeight(p.weight.weight.float()), None, p.lora_A.float(), p.lora_B.float())
+    with backend("reference"):
+        y = fused_projections(torch.randn(3, 5), [single])[0]
+    original = op.choose
+    try:
+        op._chosen.clear()
+        op.choose = lambda problem: seen.append(original(problem).name) or original(problem)
+        y.sum().backward()
+    finally:
+        del op.choose
+        op._chosen.clear()
+    assert seen == ["reference"]

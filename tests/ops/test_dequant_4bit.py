@@ -1,4 +1,6 @@
-"""What could break: nibble order, blocks that straddle rows or panels, the nested scale's two roundings, odd counts."""
+"""What could break: nibble order, blocks that straddle rows or panels, the nested scale's two roundings, odd
+counts.
+"""
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from pyfastlora.ops.dequant_4bit import OP
 SHAPES = [(1, 1), (3, 5), (7, 96), (16, 64), (5, 129), (64, 1376)]
 
 
-def packed_weight(shape, blocksize=64, quant_type="nf4", nested=True, seed=0, dtype=torch.bfloat16) -> Packed4bit:
+def packed_weight(
+    shape, blocksize=64, quant_type="nf4", nested=True, seed=0, dtype=torch.bfloat16
+) -> Packed4bit:
     """Random nibbles and scales: no quantiser needed, every code and every scale can occur."""
     rng = np.random.default_rng(seed)
     count = shape[0] * shape[1]
@@ -37,7 +41,14 @@ def by_hand(w: Packed4bit) -> torch.Tensor:
     """The definition, element by element in numpy's float32."""
     nf4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
     nf4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
-    nf4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1]
+    nf4 += [
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1,
+    ]
     half = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
     code = np.array(nf4, np.float32) if w.quant_type == "nf4" else np.concatenate([half, -half])
     out = np.empty(w.shape[0] * w.shape[1], np.float32)
@@ -46,7 +57,9 @@ def by_hand(w: Packed4bit) -> torch.Tensor:
         block = i // w.blocksize
         scale = np.float32(w.absmax[block])
         if w.nested_code is not None:
-            product = np.float32(w.nested_code[int(w.absmax[block])]) * np.float32(w.nested_absmax[block // 256])
+            product = np.float32(w.nested_code[int(w.absmax[block])]) * np.float32(
+                w.nested_absmax[block // 256]
+            )
             scale = np.float32(product) + np.float32(w.nested_offset[0])
         out[i] = code[byte & 15 if i % 2 else byte >> 4] * scale
     return torch.from_numpy(out).view(w.shape)
@@ -71,7 +84,9 @@ def test_every_blocksize(blocksize):
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
-@pytest.mark.parametrize(("rows", "cols"), [((0, 7), (3, 90)), ((2, 3), (0, 1)), ((6, 7), (95, 96)), ((3, 3), (0, 96))])
+@pytest.mark.parametrize(
+    ("rows", "cols"), [((0, 7), (3, 90)), ((2, 3), (0, 1)), ((6, 7), (95, 96)), ((3, 3), (0, 96))]
+)
 def test_panels_touch_nothing_else(name, dtype, rows, cols):
     w = packed_weight((7, 96))
     out, everything = fenced(rows[1] - rows[0], cols[1] - cols[0], dtype)
@@ -85,7 +100,9 @@ def test_panels_touch_nothing_else(name, dtype, rows, cols):
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=name_of)
 def test_bit_equal_to_bitsandbytes(quant_type, nested, storage):
-    bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes: pip install pyfastlora[qlora]")
+    bnb = pytest.importorskip(
+        "bitsandbytes.functional", reason="needs bitsandbytes: pip install pyfastlora[qlora]"
+    )
     from pyfastlora.weights.bnb_4bit import Bnb4bitWeight, why_not
 
     weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(3)).bfloat16()

@@ -1,4 +1,6 @@
-"""dora_norm and dora_grad. What could break: the three terms' signs and scale, padding of odd ranks, a zero norm, sums."""
+"""dora_norm and dora_grad. What could break: the three terms' signs and scale, padding of odd ranks, a zero
+norm, sums.
+"""
 
 import pytest
 import torch

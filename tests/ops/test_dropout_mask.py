@@ -1,8 +1,10 @@
-"""What could break: anything that makes the mask differ from torch's in one bit, or leaves another generator behind."""
+"""What could break: anything that makes the mask differ from torch's in one bit, or leaves another generator
+behind.
+"""
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from accuracy import FLOATS, name_of
 
 from pyfastlora.ops import backend, dropout_mask

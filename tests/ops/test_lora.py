@@ -1,5 +1,6 @@
-"""lora_shrink, lora_expand, lora_grad, dropout_apply. What could break: ranks that fill no vector, factors in another dtype
-than the activations, the mask's bit order, tails of rows and columns, writes beside the output."""
+"""lora_shrink, lora_expand, lora_grad, dropout_apply. What could break: ranks that fill no vector, factors in
+another dtype than the activations, the mask's bit order, tails of rows and columns, writes beside the
+output."""
 
 import pytest
 import torch
@@ -48,7 +49,11 @@ def test_shrink(name, tokens, cols, ranks, dtype, factor_dtype, transposed, mask
 
 def test_shrink_many_is_one_shrink_each():
     x = rows(7, 40, torch.bfloat16)
-    factors = [rows(3, 40, torch.float32, seed=1), rows(16, 40, torch.bfloat16, seed=2), rows(1, 40, torch.float16)]
+    factors = [
+        rows(3, 40, torch.float32, seed=1),
+        rows(16, 40, torch.bfloat16, seed=2),
+        rows(1, 40, torch.float16),
+    ]
     for ours, factor in zip(lora_shrink_many(x, factors), factors, strict=True):
         torch.testing.assert_close(ours, x.float() @ factor.float().t(), rtol=1e-6, atol=1e-6)
 
@@ -73,7 +78,9 @@ def test_expand(name, tokens, cols, ranks, dtype, factor_dtype, transposed, feat
         return value if offset is None else value + offset.to(to)
 
     out, everything = fenced(tokens, cols, dtype)
-    options = dict(transposed=transposed, scale=0.25, gain=gain, offset=offset, mask=mask if feature == "mask" else None)
+    options = dict(
+        transposed=transposed, scale=0.25, gain=gain, offset=offset, mask=mask if feature == "mask" else None
+    )
     factor = b.t().contiguous() if transposed else b
     with backend(f"lora_expand={name}"):
         lora_expand(y, s, factor, out=out, **options)
@@ -125,7 +132,9 @@ def test_nothing_in_nothing_out():
 
 
 def test_errors_say_what_did_not_fit():
-    with pytest.raises(ValueError, match=r"lora_shrink: x must be \[T, 6\] for a factor of \[4, 6\]; got \[3, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"lora_shrink: x must be \[T, 6\] for a factor of \[4, 6\]; got \[3, 5\]"
+    ):
         lora_shrink(torch.zeros(3, 5), torch.zeros(4, 6))
     with pytest.raises(ValueError, match=r"lora_expand: y must be \[T, 6\] and s \[T, 4\]"):
         lora_expand(torch.zeros(3, 6), torch.zeros(2, 4), torch.zeros(6, 4))

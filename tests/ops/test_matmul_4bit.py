@@ -1,4 +1,6 @@
-"""What could break: the switch between decoding and GEMM, panels that do not divide the weight, blocks across rows."""
+"""What could break: the switch between decoding and GEMM, panels that do not divide the weight, blocks across
+rows.
+"""
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def test_every_kind_of_block(blocksize, quant_type, nested):
 def test_panels_cover_the_weight(monkeypatch, transposed):
     import sys
 
-    monkeypatch.setattr(sys.modules["pyfastlora.ops.matmul_4bit"], "PANEL_BYTES", 1)  # 64 rows or columns a panel
+    monkeypatch.setattr(
+        sys.modules["pyfastlora.ops.matmul_4bit"], "PANEL_BYTES", 1
+    )  # 64 rows or columns a panel
     w = packed_weight((200, 136))
     x = rows(9, 200 if transposed else 136, torch.float32)
     dense = dequant_4bit(w, torch.float32)

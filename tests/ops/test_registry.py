@@ -1,4 +1,6 @@
-"""What could break: a request that quietly becomes another backend, a refusal without reasons, requests that outlive their block."""
+"""What could break: a request that quietly becomes another backend, a refusal without reasons, requests that
+outlive their block.
+"""
 
 import os
 import subprocess
@@ -19,7 +21,9 @@ def op():
     made = Op(
         "test_op",
         Implementation("gpu", lambda x: calls.append("gpu"), lambda p: f"needs a GPU; this is {p.device}"),
-        Implementation("cpu", lambda x: calls.append("cpu"), lambda p: None if p.dtype != "float64" else "has no float64"),
+        Implementation(
+            "cpu", lambda x: calls.append("cpu"), lambda p: None if p.dtype != "float64" else "has no float64"
+        ),
         Implementation("reference", lambda x: calls.append("reference"), always),
     )
     made.calls = calls
@@ -64,7 +68,10 @@ def test_a_request_that_cannot_be_met_names_every_candidate(op):
 
 def test_requests_are_parsed_strictly():
     assert parse_requests("cpu") == {"*": "cpu"}
-    assert parse_requests("glu_forward=reference, dequant_4bit=cpu") == {"glu_forward": "reference", "dequant_4bit": "cpu"}
+    assert parse_requests("glu_forward=reference, dequant_4bit=cpu") == {
+        "glu_forward": "reference",
+        "dequant_4bit": "cpu",
+    }
     assert parse_requests("auto") == parse_requests("") == {}
     with pytest.raises(ValueError, match="backend 'cuda'.*choose one of auto, gpu, triton, cpu, reference"):
         parse_requests("cuda")
@@ -76,7 +83,10 @@ def test_every_op_has_a_reference_and_compiled_cpu_kernels():
     for op in all_ops():
         assert [reason for _, reason in op.candidates(CPU_BF16)] == [None, None], op.name
         assert [name for name, _ in op.candidates(CPU_BF16)] == ["cpu", "reference"]
-        assert op.candidates(Problem("cpu", "avx512", "float64"))[0][1] == "has float16, bfloat16, float32; this is float64"
+        assert (
+            op.candidates(Problem("cpu", "avx512", "float64"))[0][1]
+            == "has float16, bfloat16, float32; this is float64"
+        )
 
 
 def test_the_environment_variable_is_a_request():
@@ -85,7 +95,9 @@ def test_the_environment_variable_is_a_request():
         "print({op.name: op.choose(Problem('cpu', '', 'float32')).name for op in all_ops()})"
     )
     env = {**os.environ, "FASTLORA_BACKEND": "reference,glu_forward=cpu"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     chosen = eval(out)
     assert chosen.pop("glu_forward") == "cpu" and set(chosen.values()) == {"reference"}
 
