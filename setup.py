@@ -28,8 +28,8 @@ class CompiledBuild(build_py):
 
 class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        # No Python version: the kernels use none of its symbols, and another Python finds no host module under
-        # its own suffix and builds it.
+        # No Python version: the kernels use none of its symbols, and another Python finds no host module
+        # under its own suffix and builds it.
         return "py3", "none", super().get_tag()[2]
 
 

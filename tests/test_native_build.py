@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import small_library
 
@@ -131,16 +131,19 @@ def test_a_killed_build_is_built_again(machine):
     never = machine.csrc.parent / "never"
     os.mkfifo(begun)
     os.mkfifo(never)
+    compilers: list[psutil.Process] = []
     victim = machine.start(USE, CXX=machine.compiler(f"echo > {begun}; read x < {never}"))
     try:
         begun.read_text()  # returns when a compiler has started; it does not end by itself
+        compilers = psutil.Process(victim.pid).children(recursive=True)
         victim.kill()
         victim.wait()
         assert machine.entries() == [] and len(list(machine.cache.glob(".build-*"))) == 1
         assert machine.run(USE)[0].startswith("level 1")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(victim.pid, signal.SIGKILL)  # the compilers that outlived their parent
+        for process in compilers:  # they outlived their parent, in process groups of ninja's making
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         victim.communicate()
 
 
