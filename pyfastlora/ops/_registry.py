@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from pyfastlora.ops import _native
 
 logger = logging.getLogger("pyfastlora")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BACKENDS = ("gpu", "triton", "cpu", "reference")
 FLOATS = ("float16", "bfloat16", "float32")
@@ -110,13 +113,19 @@ def problem_of(device: torch.device, dtype: torch.dtype) -> Problem:
     return Problem(device.type, arch_of(device), str(dtype).removeprefix("torch."))
 
 
-@torch.compiler.assume_constant_result
+def _constant_when_compiling(function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compiler.assume_constant_result, which cannot be called here: it imports torch._dynamo."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiling
 def _chosen_name(op: str, device: torch.device, dtype: torch.dtype) -> str:
     # Constant for torch.compile, which cannot trace the loading of a library.
     return _ops[op].choose(problem_of(device, dtype)).name
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiling
 def arch_of(device: torch.device) -> str:
     """Instruction set of a CPU ("avx512"), compute capability ("sm_90") or gfx name of a GPU, else ""."""
     if device.type == "cpu":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
 from pyfastlora.ops._shapes import check_same, rows_of
+from pyfastlora.ops._triton import triton_implementation
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -95,11 +96,13 @@ def cpu_backward(
 
 FORWARD = Op(
     "glu_forward",
+    triton_implementation("glu", "glu_forward"),
     Implementation("cpu", cpu_forward, why_not_cpu),
     Implementation("reference", reference_forward, always),
 )
 BACKWARD = Op(
     "glu_backward",
+    triton_implementation("glu", "glu_backward"),
     Implementation("cpu", cpu_backward, why_not_cpu),
     Implementation("reference", reference_backward, always),
 )

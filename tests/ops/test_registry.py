@@ -81,12 +81,20 @@ def test_requests_are_parsed_strictly():
 
 def test_every_op_has_a_reference_and_compiled_cpu_kernels():
     for op in all_ops():
-        assert [reason for _, reason in op.candidates(CPU_BF16)] == [None, None], op.name
-        assert [name for name, _ in op.candidates(CPU_BF16)] == ["cpu", "reference"]
-        assert (
-            op.candidates(Problem("cpu", "avx512", "float64"))[0][1]
-            == "has float16, bfloat16, float32; this is float64"
-        )
+        found = dict(op.candidates(CPU_BF16))
+        assert found["cpu"] is found["reference"] is None, op.name
+        assert list(found)[-2:] == ["cpu", "reference"]
+        in_float64 = dict(op.candidates(Problem("cpu", "avx512", "float64")))
+        assert in_float64["cpu"] == "has float16, bfloat16, float32; this is float64"
+
+
+def test_triton_comes_before_the_cpu_kernels_and_only_on_a_gpu():
+    triton = [op for op in all_ops() if any(i.name == "triton" for i in op.implementations)]
+    assert {op.name for op in triton} >= {"glu_forward", "glu_backward"}
+    for op in triton:
+        assert dict(op.candidates(CPU_BF16))["triton"] == "needs GPU tensors; these are on cpu"
+        on_gpu = dict(op.candidates(Problem("cuda", "sm_90", "bfloat16")))
+        assert on_gpu["triton"] is None and on_gpu["cpu"] == "needs CPU tensors; these are on cuda"
 
 
 def test_the_environment_variable_is_a_request():
