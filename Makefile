@@ -3,8 +3,8 @@
 #   make quickstart   .venv, install, fine-tune a small model on real text
 #   make test         the same environment with the test tools, all tests
 #
-# Nothing is installed again until pyproject.toml, setup.py or constraints.txt change. On a machine without a GPU,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu fetches a torch that is 4 GB smaller.
+# Nothing is installed again until pyproject.toml, setup.py or constraints.txt change. On a machine without a GPU, point
+# PIP_EXTRA_INDEX_URL at PyTorch's CPU builds: they are 4 GB smaller.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,8 @@ sanitize: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python -m bench.adapter_tax
+	$(BIN)/python -m bench.ops
+	$(BIN)/python -m bench.report --readme README.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
