@@ -297,6 +297,15 @@ def test_a_backend_that_does_not_exist_is_named():
     assert "ConfigError: FASTLORA_BACKEND: backend 'quick' in 'quick': choose one of auto, gpu" in done.stderr
 
 
+def test_waiting_threads_give_way_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    CliRunner().invoke(train, ["nowhere.yaml"])
+    assert os.environ["GOMP_SPINCOUNT"] == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    CliRunner().invoke(train, ["nowhere.yaml"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+
+
 def test_a_command_line_without_a_file():
     result = CliRunner().invoke(train, [])
     assert result.exit_code == 2 and "Missing argument 'CONFIG'" in result.stderr

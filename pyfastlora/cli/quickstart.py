@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from pyfastlora.cli._threads import give_way
 from pyfastlora.cli._user_errors import mistakes_reported
 
 
@@ -22,6 +23,7 @@ def quickstart(adapter: str, folder: str | None) -> None:
     held-out loss before and after, answers before and after, which modules were fused, and the speed with
     and without pyfastlora. DIR gets the configuration to play with, the adapter and the curves.
     """
+    give_way()
     with mistakes_reported():
         from pathlib import Path
 

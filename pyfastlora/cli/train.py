@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from pyfastlora.cli._threads import give_way
 from pyfastlora.cli._user_errors import mistakes_reported
 
 
@@ -26,6 +27,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Exit codes: 0 trained; 2 a mistake in the command line or the file; 3 a dataset is missing or malformed;
     1 anything else, such as a model without weights.
     """
+    give_way()
     with mistakes_reported():
         from pyfastlora.trainer.config_load import load_config
         from pyfastlora.trainer.console import Console

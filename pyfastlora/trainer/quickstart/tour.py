@@ -63,7 +63,7 @@ bf16: auto
 seed: 42
 
 eval_on_start: true
-evals_per_epoch: 3
+evals_per_epoch: 2
 save_strategy: no
 logging_steps: 5
 output_dir: {output}
