@@ -26,9 +26,11 @@ void matmul_rows_as(const float* x, int64_t tokens, const Packed4bit& w, const M
                     store(wide + k, depth - k >= lanes ? load(decoded + k) : load(decoded + k, depth - k));
                 for (int64_t t = 0; t < rows; ++t) {
                     const float* row = x + (t0 + t) * w.cols + k0;
+                    vf part = {};  // a chunk's own sum: shorter chains of roundings
                     int64_t k = 0;
-                    for (; k + lanes <= depth; k += lanes) acc[t] += load(wide + k) * load(row + k);
-                    if (k < depth) acc[t] += load(wide + k, depth - k) * load(row + k, depth - k);
+                    for (; k + lanes <= depth; k += lanes) part += load(wide + k) * load(row + k);
+                    if (k < depth) part += load(wide + k, depth - k) * load(row + k, depth - k);
+                    acc[t] += part;
                 }
             }
             for (int64_t t = 0; t < rows; ++t)

@@ -85,8 +85,8 @@ def test_expand(name, tokens, cols, ranks, dtype, factor_dtype, transposed, feat
     with backend(f"lora_expand={name}"):
         lora_expand(y, s, factor, out=out, **options)
         in_place = lora_expand(y.clone(), s, factor, **options)
-    assert_as_exact(out, formula(torch.float32).to(dtype), formula(torch.float64))
-    assert torch.equal(in_place, out)
+    for written in (out, in_place):
+        assert_as_exact(written, formula(torch.float32).to(dtype), formula(torch.float64))
     assert_fence_untouched(everything)
 
 
