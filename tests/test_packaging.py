@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -92,8 +93,11 @@ def test_an_editable_install_uses_the_checkout(checkout, tmp_path):
     python("-c", build, tmp_path, cwd=checkout)
     (made,) = tmp_path.glob("*.whl")
     site = unpacked(made, tmp_path / "site")
-    code = f"import site\nsite.addsitedir({str(site)!r})\n" + TRITON + LOOK
-    where, keys = python("-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()
+    # -S and this order: an editable install that the tests themselves run from must not be found first.
+    libraries = sysconfig.get_path("purelib")
+    prologue = f"import site, sys\nsite.addsitedir({str(site)!r})\nsys.path.append({libraries!r})\n"
+    code = prologue + TRITON + LOOK
+    where, keys = python("-S", "-c", code, cwd=tmp_path, PYTHONPATH="").splitlines()
     assert where == str(checkout / "csrc")
     assert keys == python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(ROOT)).splitlines()[1]
 
