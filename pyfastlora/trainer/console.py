@@ -19,9 +19,10 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
-    def update(self, completed: float, note: str = "", total: float | None = None) -> None:
-        """Moves the bar to `completed` and shows `note` beside it."""
-        self._progress.update(self._task, completed=completed, note=note, total=total)
+    def update(self, completed: float, note: str | None = None, total: float | None = None) -> None:
+        """Moves the bar to `completed`; `note` is shown beside it until the next one."""
+        fields = {} if note is None else {"note": note}
+        self._progress.update(self._task, completed=completed, total=total, **fields)  # type: ignore[arg-type]
 
 
 class Console:

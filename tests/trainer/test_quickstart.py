@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,14 @@ def test_an_interrupted_base_leaves_nothing(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         base_model.obtain(TINY, ["text"], quiet())
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_swept_a_day_later(cache):
+    for name, age in ((".quickstart-old.x", 90_000), (".quickstart-new.x", 60)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
+    base = base_model.obtain(TINY, ["def f(x): return x\n" * 50] * 20, quiet())
+    assert {p.name for p in cache.iterdir()} == {base.name, ".quickstart-new.x"}
 
 
 def test_of_two_bases_that_finish_at_once_the_first_stays(cache, monkeypatch):

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def obtain(recipe: Recipe, texts: Sequence[str], console: Console) -> Path:
     """The folder of the base model: from the cache, or trained on texts now and put there."""
     name = recipe.cache_name()
     for cache in cache_dirs():
+        _sweep(cache)
         if (cache / name / "config.json").is_file():
             console.say(f"base model: {cache / name} (trained before; delete the folder to train it again)")
             return cache / name
@@ -85,6 +87,14 @@ def _publish(staged: Path, entry: Path) -> Path:
         if not (entry / "config.json").is_file():
             raise
     return entry
+
+
+def _sweep(cache: Path) -> None:
+    """Removes what a run that was killed left behind; a day later it is certainly not being written."""
+    for staged in cache.glob(".quickstart-*"):
+        with suppress(OSError):
+            if time.time() - staged.stat().st_mtime > 86400:
+                shutil.rmtree(staged, ignore_errors=True)
 
 
 def _train(recipe: Recipe, texts: Sequence[str], folder: Path, console: Console) -> None:
@@ -170,7 +180,7 @@ def _train_llama(
     model = LlamaForCausalLM(config).to(device)
     optimizers = _optimizers(model)
     batches, losses = _windows(recipe, tokens), list[float]()
-    started, done = time.perf_counter(), 0.0
+    started, done, told = time.perf_counter(), 0.0, 0.25
     with console.bar("base model", 100, "%") as bar:
         while done < 1:
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -186,7 +196,11 @@ def _train_llama(
             losses.append(loss.item())
             seconds = time.perf_counter() - started
             done = max(len(losses) / recipe.steps, seconds / recipe.seconds)
-            bar.update(round(100 * done), f"step {len(losses)}, loss {statistics.mean(losses[-20:]):.2f}")
+            note = f"step {len(losses)}, loss {statistics.mean(losses[-20:]):.2f}"
+            bar.update(round(100 * done), note)
+            if not console.is_terminal and done >= told:
+                console.say(f"base model: {min(done, 1):.0%}, {note}")
+                told += 0.25
     steps, last = len(losses), statistics.mean(losses[-20:])
     parameters, seen = sum(p.numel() for p in model.parameters()), steps * recipe.batch * recipe.window
     console.say(

@@ -119,7 +119,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             f"{comparison.largest_difference:.1e}"
         )
         console.head("5. Before and after, on functions it has never seen")
-        samples = answer(loaded.config, result.run_dir.path, choose(text.held_out, options.samples))
+        with console.bar("answers", None):
+            samples = answer(loaded.config, result.run_dir.path, choose(text.held_out, options.samples))
     for sample in samples:
         _show(sample, console)
 
