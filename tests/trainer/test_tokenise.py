@@ -153,6 +153,7 @@ def test_counts_add_up(make_tokenizer):
         ({"instruction": "a", "output": None}, "alpaca", 'needs "instruction" and "output"'),
         ({"instruction": "a", "output": 5}, "alpaca", 'data.jsonl:1: "output" must be text; got int'),
         ({"instruction": "a", "input": ["x"], "output": "b"}, "alpaca", '"input" must be text; got list'),
+        ({"text": "a\ud800b"}, "completion", '"text" has half of a surrogate pair'),
         ({}, "completion", 'type completion needs "text"; this row has no fields'),
         ([1], "completion", "data.jsonl:1: must be an object with fields; got list"),
         ("text", "completion", "data.jsonl:1: must be an object with fields; got str"),

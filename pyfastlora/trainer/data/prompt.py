@@ -41,8 +41,13 @@ class PromptType:
         if missing:
             return f"type {self.name} needs {_quoted(self.fields, ' and ')}; this row has {_quoted(row)}"
         for name in (*self.fields, *self.optional):
-            if row.get(name) is not None and not isinstance(row[name], str):
-                return f'"{name}" must be text; got {type(row[name]).__name__}'
+            value = row.get(name)
+            if value is not None and not isinstance(value, str):
+                return f'"{name}" must be text; got {type(value).__name__}'
+            if value and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+                return (
+                    f'"{name}" has half of a surrogate pair (\\ud800 to \\udfff alone), which is no character'
+                )
         return None
 
 
