@@ -20,9 +20,12 @@ class CompiledBuild(build_py):
             return  # a checkout is compiled by its first use, for its sources change
         sys.path.insert(0, str(Path(__file__).parent))
         from pyfastlora import _jit, host
-        from pyfastlora.ops import _native
+        from pyfastlora.ops import _native, _native_gpu
 
-        for recipe in (_native.recipe(), host.recipe()):
+        recipes = [_native.recipe(), host.recipe()]
+        if os.environ.get("FASTLORA_ARCHS"):  # named, as the machine that builds wheels need not have a GPU
+            recipes.append(_native_gpu.recipe(_native_gpu.wanted_archs()))
+        for recipe in recipes:
             _jit.build_into(Path(self.build_lib, "pyfastlora", "_prebuilt").absolute(), recipe)
 
 

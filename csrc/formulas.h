@@ -2,7 +2,7 @@
 //
 // No include guard below the tables: on a CPU this file is included inside the namespace of each instruction
 // set, so that vectors wider than the baseline are not split. M supplies the arithmetic: V, of(constant),
-// one, min, exp, erf and positive.
+// one, min, exp, erf, reciprocal and positive.
 
 #ifndef FASTLORA_FORMULAS_TABLES
 #define FASTLORA_FORMULAS_TABLES
@@ -38,7 +38,7 @@ struct Sigmoid {
 template <class M>
 FASTLORA_INLINE Sigmoid<typename M::V> sigmoid(typename M::V x) {
     const typename M::V e = M::exp(M::min(-x, M::of(88.0f)));  // finite: infinity times 0 is not 1
-    const typename M::V s = M::one() / (M::one() + e);
+    const typename M::V s = M::reciprocal(M::one() + e);
     return {s, e * s};
 }
 

@@ -11,32 +11,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyfastlora.kernels_triton._tuning import config
+
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-BLOCK = 1024
 
 
 @triton.jit
-def _tanh(x):
-    # Through exp of a negative number: no overflow, and no dependence on a vendor's library.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
+def _sigmoid(x):
+    """(s, 1 - s): the latter as exp(-x) s, as subtracting leaves no digits of it where s is nearly 1."""
+    e = tl.exp(tl.minimum(-x, 88.0))  # finite: infinity times 0 is not 1
+    s = 1.0 / (1.0 + e)
+    return s, e * s
 
 
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
     """(act(x), act'(x)); ACT as in ACTS."""
     if ACT == 0:
-        s = 1.0 / (1.0 + tl.exp(-x))
-        return x * s, s * (1.0 + x * (1.0 - s))
+        s, complement = _sigmoid(x)
+        return x * s, s * (1.0 + x * complement)
     elif ACT == 1:
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    elif ACT == 2:
-        k = 0.7978845608028654
-        t = _tanh(k * x * (1.0 + 0.044715 * x * x))
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * k * (1.0 + 0.134145 * x * x)
-        return 0.5 * x * (1.0 + t), slope
+    elif ACT == 2:  # 0.5 x (1 + tanh(u)) with (1 + tanh(u)) / 2 = sigmoid(2u)
+        s, complement = _sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+        return x * s, s + x * s * complement * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
     elif ACT == 3:
         return tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     else:
@@ -90,9 +89,10 @@ def _backward_kernel(
 def glu_forward(gate: Tensor, up: Tensor, act: str, y: Tensor) -> None:
     """y = act(gate) * up; all [T, O] with packed columns."""
     if y.numel():
-        grid = (y.shape[0], triton.cdiv(y.shape[1], BLOCK))
+        meta, _ = config("glu_forward", y)
+        grid = (y.shape[0], triton.cdiv(y.shape[1], meta["BLOCK"]))
         pitches = (gate.stride(0), up.stride(0), y.stride(0))
-        _forward_kernel[grid](gate, up, y, *pitches, y.shape[1], ACT=ACTS.index(act), BLOCK=BLOCK)
+        _forward_kernel[grid](gate, up, y, *pitches, y.shape[1], ACT=ACTS.index(act), **meta)
 
 
 def glu_backward(
@@ -100,8 +100,8 @@ def glu_backward(
 ) -> None:
     """The two gradients and the product; all [T, O] with packed columns, the outputs of one pitch."""
     if dgate.numel():
-        grid = (dgate.shape[0], triton.cdiv(dgate.shape[1], BLOCK))
+        meta, _ = config("glu_backward", dgate)
+        grid = (dgate.shape[0], triton.cdiv(dgate.shape[1], meta["BLOCK"]))
         pitches = (dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0))
-        _backward_kernel[grid](
-            dy, gate, up, dgate, dup, product, *pitches, dgate.shape[1], ACT=ACTS.index(act), BLOCK=BLOCK
-        )
+        tensors = (dy, gate, up, dgate, dup, product)
+        _backward_kernel[grid](*tensors, *pitches, dgate.shape[1], ACT=ACTS.index(act), **meta)

@@ -72,6 +72,8 @@ class Recipe:
     flavour: str  # what else the binary is tied to, e.g. "torch cuda13"
     # compile(recipe, compiler, directory) leaves `library` in `directory`; raises CompileError.
     compile: Callable[[Recipe, Compiler, Path], None]
+    archs: tuple[str, ...] = ()  # of GPUs. Not part of the key: an entry that has them all will do
+    toolkit: str = ""  # the GPU's compiler beside the host's, as it is shown: "nvcc 13.0.88"
 
     def key(self) -> str:
         digest = hashlib.sha256()
@@ -146,11 +148,11 @@ def find(recipe: Recipe, compiler: Compiler | None) -> Iterator[Path]:
     key = recipe.key()
     for directory in (PREBUILT, *cache_dirs()):
         pattern = f"{recipe.name}-{key}-*"
-        if compiler is not None and directory != PREBUILT:
+        if compiler is not None and directory != PREBUILT and not recipe.archs:
             pattern = _entry_name(recipe, key, compiler)
         for entry in sorted(directory.glob(pattern)):
             trusted = directory == PREBUILT or not (distrust(directory) or distrust(entry))
-            if trusted and (said := manifest(entry)):
+            if trusted and (said := manifest(entry)) and {*recipe.archs} <= {*said.get("archs", ())}:
                 yield entry / said["library"]
 
 
@@ -211,19 +213,27 @@ def compile_directly(
 ) -> None:
     """One compiler process per source, MAX_JOBS at a time, then the link. Needs no build tool."""
     flags = [*(f"-isystem{path}" for path in include), *recipe.flags, *extra_flags()]
-    objects = [directory / f"{source.stem}.o" for source in recipe.sources]
+    objects = [directory / f"{source.name}.o" for source in recipe.sources]
+    pairs = zip(recipe.sources, objects, strict=True)
+    run_commands([[*compiler.command, *flags, "-c", source, "-o", made] for source, made in pairs], directory)
+    made = directory / recipe.library
+    run_commands([[*compiler.command, *objects, *link, *recipe.link, "-o", made]], directory)
 
-    def run(arguments: Sequence[str | Path]) -> None:
-        command = [*compiler.command, *map(str, arguments)]
+
+def run_commands(commands: Sequence[Sequence[str | Path]], directory: Path) -> None:
+    """All of them, in `directory`, MAX_JOBS at a time. Raises CompileError with what the first failed one
+    said.
+    """
+
+    def run(command: Sequence[str | Path]) -> None:
+        words = [str(word) for word in command]
         pipe = subprocess.PIPE
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=directory)
+        done = subprocess.run(words, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=directory)
         if done.returncode:
-            raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
+            raise CompileError(f"{shlex.join(words)}\n{done.stdout}")
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        pairs = zip(recipe.sources, objects, strict=True)
-        list(pool.map(run, [[*flags, "-c", source, "-o", made] for source, made in pairs]))
-    run([*objects, *link, *recipe.link, "-o", directory / recipe.library])
+        list(pool.map(run, commands))
 
 
 def _build_in(directory: Path, workplace: Path, recipe: Recipe, compiler: Compiler, force: bool) -> Path:
@@ -231,8 +241,9 @@ def _build_in(directory: Path, workplace: Path, recipe: Recipe, compiler: Compil
     if not force and manifest(entry):
         return entry / recipe.library
     _sweep(directory)
+    tools = " and ".join(filter(None, (recipe.toolkit, str(compiler))))
     print(
-        f"Building pyfastlora's {recipe.name} with {compiler}, once, into {entry}; FASTLORA_JIT=0 skips it",
+        f"Building pyfastlora's {recipe.name} with {tools}, once, into {entry}; FASTLORA_JIT=0 skips it",
         file=sys.stderr,
         flush=True,
     )
@@ -240,7 +251,7 @@ def _build_in(directory: Path, workplace: Path, recipe: Recipe, compiler: Compil
     try:
         recipe.compile(recipe, compiler, workplace)
     except CompileError as error:
-        raise _failure(recipe, compiler, entry.with_suffix(".log"), str(error)) from None
+        raise _failure(tools, compiler, entry.with_suffix(".log"), str(error)) from None
     staged = workplace / "entry"
     staged.mkdir(mode=0o700)
     os.replace(workplace / recipe.library, staged / recipe.library)
@@ -249,8 +260,9 @@ def _build_in(directory: Path, workplace: Path, recipe: Recipe, compiler: Compil
         "size": (staged / recipe.library).stat().st_size,
         "version": pyfastlora.__version__,
         "flavour": recipe.flavour,
+        "archs": recipe.archs,
         "machine": platform.machine(),
-        "compiler": compiler.version,
+        "compiler": ", ".join(filter(None, (recipe.toolkit, compiler.version))),
         "flags": [*recipe.flags, *extra_flags()],
         "seconds": round(time.perf_counter() - started, 2),
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -278,13 +290,13 @@ def _compiler_or_error() -> Compiler:
     raise BuildError(f"not built: no C++ compiler ({tried} not found); {_remedy(None)}")
 
 
-def _failure(recipe: Recipe, compiler: Compiler, log: Path, output: str) -> BuildError:
+def _failure(tools: str, compiler: Compiler, log: Path, output: str) -> BuildError:
     log.write_text(output)
     lines = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-TAIL:])
     remedy = _remedy(compiler)
     return BuildError(
-        f"not built: {compiler} failed, log in {log}; {remedy}",
-        f"{compiler} failed, so the next backend runs. It said\n{lines}\n"
+        f"not built: {tools} failed, log in {log}; {remedy}",
+        f"{tools} failed, so the next backend runs. It said\n{lines}\n"
         f"The whole log is in {log}. To fix it, {remedy}.",
     )
 
@@ -309,7 +321,8 @@ def _remedy(failed: Compiler | None) -> str:
 
 
 def _entry_name(recipe: Recipe, key: str, compiler: Compiler) -> str:
-    return f"{recipe.name}-{key}-{hashlib.sha256(compiler.version.encode()).hexdigest()[:8]}"
+    made_by = "\n".join((compiler.version, *recipe.archs))
+    return f"{recipe.name}-{key}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
 
 
 @contextlib.contextmanager

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from pyfastlora import _jit
 from pyfastlora.cli.main import main
-from pyfastlora.ops import all_ops
+from pyfastlora.ops import _native, _native_gpu, all_ops
 
 
 def fastlora(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def table(output: str, title: str) -> dict[str, str]:
     [
         ("trian", "Error: no verb 'trian'; did you mean `fastlora train`?"),
         ("buidl", "Error: no verb 'buidl'; did you mean `fastlora build`?"),
-        ("xyz", "Error: no verb 'xyz'; there are train, quickstart, build, info."),
+        ("xyz", "Error: no verb 'xyz'; there are train, quickstart, build, tune, info."),
     ],
 )
 def test_a_mistyped_verb(typed, said):
@@ -51,6 +52,18 @@ def test_info_lists_every_op_and_what_takes_it():
     assert [name for name in rows if not name.startswith("not ")] == [op.name for op in all_ops()]
     assert all(rows[op.name].split(", ")[-1] == "reference" for op in all_ops())
     assert rows["not cpu"].startswith("has float16, bfloat16, float32; this is float64")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_info_names_every_implementation_of_every_op_and_why_it_does_not_run():
+    result = CliRunner().invoke(main, ["info"])
+    rows = table(result.output, "ops on cpu")
+    on_the_cpu = ["cpu", "reference"] if _native.why_not() is None else ["reference"]
+    for op in all_ops():
+        assert [each.name for each in op.implementations] == ["gpu", "triton", "cpu", "reference"]
+        assert rows[op.name].split(", ") == on_the_cpu
+    assert rows["not gpu"] == rows["not triton"] == "needs GPU tensors; these are on cpu"  # for all of them
+    assert rows.get("not cpu") == _native.why_not()
 
 
 def test_info_in_a_dtype_the_kernels_have():
@@ -98,10 +111,24 @@ def test_build_says_where_and_how_long(tmp_path):
     first = fastlora("build", FASTLORA_CACHE=str(tmp_path))
     again = fastlora("build", FASTLORA_CACHE=str(tmp_path))
     assert first.returncode == again.returncode == 0, first.stderr
-    kernels, host = first.stdout.splitlines()
+    kernels, host = first.stdout.splitlines()  # no GPU's, of a torch for CPUs
     assert kernels.startswith(f"kernels: {tmp_path}/kernels-") and kernels.endswith("(was there)")
     assert host.startswith(f"host-module: {tmp_path}/host-module-") and " (built in " in host
     assert [line.endswith("(was there)") for line in again.stdout.splitlines()] == [True, True]
+
+
+def test_build_without_pybind11_leaves_out_what_needs_it(tmp_path, monkeypatch):
+    """And nothing else: the GPU's kernels are asked for all the same."""
+    if _jit.find_compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    monkeypatch.setattr(_native_gpu, "find_toolkit", lambda hip=False: None)
+    result = CliRunner().invoke(main, ["build"])
+    assert result.exit_code == 0, result.output
+    left_out = result.output.splitlines()[-1]
+    assert left_out.startswith("host-module: left out: ") and left_out.endswith("run `pip install pybind11`")
+    result = CliRunner().invoke(main, ["build", "--archs", "90"])
+    assert result.output.splitlines()[-1].startswith("Error: gpu-kernels: not built: no nvcc")
 
 
 def test_build_fails_with_the_compilers_words(tmp_path):

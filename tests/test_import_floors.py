@@ -13,7 +13,7 @@ import pyfastlora
 from pyfastlora.cli.main import VERBS
 
 PACKAGE = Path(pyfastlora.__file__).parent
-FLOORS = ("kernels_triton", "ops", "weights", "fused", "patching", "trainer", "cli")
+FLOORS = ("kernels_triton", "ops", "weights", "fused", "patching", "auto", "trainer", "cli")
 BELOW = ("_jit", "host")  # modules under every floor
 ALLOWED_FOR_HELP = {"click", "pyfastlora"}
 
@@ -67,7 +67,7 @@ def test_imports_go_down_only():
 def test_an_upward_import_is_seen(tmp_path):
     path = tmp_path / "glu.py"
     path.write_text("def f():\n    from ..patching import patch\n    import pyfastlora.cli.main\n")
-    assert [floor(target) for target in imports("pyfastlora.ops.glu", path)] == [4, 6]
+    assert [floor(target) for target in imports("pyfastlora.ops.glu", path)] == [4, 7]
 
 
 def test_data_code_reaches_no_kernel():

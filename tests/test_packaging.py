@@ -30,6 +30,7 @@ print(_jit.csrc())
 print(_native.recipe().key(), host.recipe().key())
 """
 TRITON = "import pyfastlora.kernels_triton\n"
+TRITON_FILES = ("kernels_triton/__init__.py", "kernels_triton/tuning.json")
 
 
 @pytest.fixture
@@ -75,11 +76,11 @@ def test_the_wheel_needs_no_torch_and_no_compiler(checkout, tmp_path):
         metadata = content.read(next(name for name in files if name.endswith("/METADATA"))).decode()
     sources = {path for path in (ROOT / "csrc").rglob("*.[ch]*") if "tests" not in path.parts}
     assert {f"pyfastlora/csrc/{path.relative_to(ROOT / 'csrc')}" for path in sources} <= files
-    assert {"pyfastlora/py.typed", "pyfastlora/kernels_triton/__init__.py"} <= files
+    assert {"pyfastlora/py.typed", *(f"pyfastlora/{path}" for path in TRITON_FILES)} <= files
     assert any(name.endswith("/licenses/LICENSE") for name in files)
     assert not [name for name in files if name.endswith((".so", ".o")) or "/tests/" in name]
     assert "Requires-Python: >=3.11" in metadata
-    for extra in ("qlora", "deepspeed", "triton", "nvcc", "bench", "test"):
+    for extra in ("qlora", "deepspeed", "triton", "nvcc", "bench", "examples", "test"):
         assert f"Provides-Extra: {extra}" in metadata
 
     installed = unpacked(made, tmp_path / "installed")
@@ -125,15 +126,29 @@ def test_a_wheel_with_the_libraries_inside(checkout, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def pins_of(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    return {Requirement(line).name.lower().replace("_", "-"): line.partition("==")[2] for line in lines}
+
+
 def test_the_tested_set_is_within_the_ranges():
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = {Requirement(line).name.lower().replace("_", "-"): line.partition("==")[2] for line in lines}
+    pins = pins_of("constraints.txt")
     optional = PROJECT["optional-dependencies"]
     stated = [*PROJECT["dependencies"], *(line for extra in optional.values() for line in extra)]
-    unpinned = {"pyfastlora", "deepspeed", "cuda-toolkit"}  # ourselves, and what no test here runs with
+    unpinned = {"pyfastlora", "cuda-toolkit"}  # ourselves, and what no test here runs with
     for requirement in map(Requirement, stated):
         if requirement.name in unpinned:
             continue
         pin = pins.get(requirement.name.lower().replace("_", "-"))
         assert pin is not None, f"{requirement.name} is not in constraints.txt"
         assert Version(pin) in requirement.specifier, f"{requirement} excludes the {pin} of constraints.txt"
+
+
+def test_the_ends_of_the_ranges_are_tested():
+    oldest = pins_of("constraints-oldest.txt")
+    newest = pins_of("constraints.txt") | pins_of("constraints-newest.txt")
+    ranges = {each.name: each.specifier for each in map(Requirement, PROJECT["dependencies"])}
+    for name in ("transformers", "peft"):
+        (lower,) = (each.version for each in ranges[name] if each.operator == ">=")
+        assert Version(oldest[name]) == Version(lower)
+        assert Version(newest[name]) in ranges[name] and Version(newest[name]) > Version(oldest[name])

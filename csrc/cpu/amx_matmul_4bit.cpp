@@ -6,9 +6,9 @@
 // x W^T the weight is the left operand, giving y^T, and x is transposed once while it is packed; for dy W
 // rows of W are interleaved in pairs as the right one. 32 x 32 results live in four tiles; activations are
 // walked 32 rows and 512 contracted elements (32 KB) at a time.
-#include "amx.h"
+#include "tiles.h"
 
-#ifdef FASTLORA_AMX
+#ifdef FASTLORA_TILES
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics trip these (gcc bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
@@ -17,12 +17,24 @@
 
 #include "../formulas.h"
 #include "scratch.h"
+#include "tile_engine.h"
+
+// Asked on every CPU.
+namespace fastlora::tiles {
+
+bool matmul_4bit_takes(DType x, const Packed4bit& w) {
+    const bool powers =
+        !(w.blocksize & (w.blocksize - 1)) && !(w.nested_blocksize & (w.nested_blocksize - 1));
+    return cpu::level() == 4 && x == DType::bf16 && w.cols % 32 == 0 && w.blocksize % 32 == 0 && powers;
+}
+
+}  // namespace fastlora::tiles
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#include "amx_tiles.h"
+#include "transpose.h"
 
-namespace fastlora::amx {
+namespace fastlora::tiles {
 
 static const float nf4_codes[16] = {FASTLORA_NF4_VALUES};
 static const float fp4_codes[16] = {FASTLORA_FP4_VALUES};
@@ -31,33 +43,6 @@ constexpr int64_t decode_steps = 64;  // and decoded at a time
 constexpr int64_t column_chunk = 256;
 constexpr int64_t row_chunk =
     2048;  // rows whose sums wait for the next decoded part: 2 MB of them at 256 columns
-
-// Rows of 16 dwords become columns.
-static inline void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
 
 // ---- activations ---------------------------------------------------------------
 // packed [tiles of 16 rows][steps][16][32]: as they are, or transposed in dwords for the right operand
@@ -246,12 +231,6 @@ static void multiply_chunk(const Packed4bit& w, bool transposed, const uint16_t*
     }
 }
 
-bool matmul_4bit_takes(const Packed4bit& w) {
-    const bool powers =
-        !(w.blocksize & (w.blocksize - 1)) && !(w.nested_blocksize & (w.nested_blocksize - 1));
-    return w.cols % 32 == 0 && w.blocksize % 32 == 0 && powers;
-}
-
 void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, const Matrix& out,
                  ParallelFor run) {
     static thread_local Scratch shared;
@@ -266,7 +245,7 @@ void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, con
     const int64_t chunk = eighth < 64 ? 64 : eighth > column_chunk ? column_chunk : eighth;
     parallel(run, (out.cols + chunk - 1) / chunk, 1, [&](int64_t begin, int64_t end) {
         static thread_local Scratch own;
-        const Tiles tiles;
+        const Session session(amx);
         const int64_t rows = x.rows < row_chunk ? (x.rows + 31) / 32 * 32 : row_chunk;
         auto* weight = (uint16_t*)own.floats(chunk / 16 * decode_steps * tile_values / 2 + rows * chunk);
         float* sums = (float*)(weight + chunk / 16 * decode_steps * tile_values);
@@ -277,6 +256,6 @@ void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, con
     });
 }
 
-}  // namespace fastlora::amx
+}  // namespace fastlora::tiles
 #pragma GCC pop_options
 #endif

@@ -68,7 +68,9 @@ void norm_rows(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, 
                 float* row = wide + t * depth_block;
                 for (int64_t k = depth; k < padded(depth); ++k) row[k] = 0;
                 read(dense, packed, o + t, k0, depth, row);
-                for (int64_t k = 0; k < depth; k += lanes) square[t] += load(row + k) * load(row + k);
+                vf part = {};  // each block's sum starts at zero: shorter chains of roundings
+                for (int64_t k = 0; k < depth; k += lanes) part += load(row + k) * load(row + k);
+                square[t] += part;
             }
             multiply_rows(wide, depth_block, rows, packed_a + k0 * width, width, width, depth, p, width);
         }
@@ -110,24 +112,24 @@ void pack_norm_factors(const ConstMatrix& a, const ConstMatrix& b, float* packed
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "dora_norm.cpp"
-#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
-#ifdef FASTLORA_AMX
+#ifdef FASTLORA_TILES
 static void norm_on_tiles(const ConstMatrix* dense, const Packed4bit* packed_w, int64_t rows, int64_t cols,
                           const ConstMatrix& a, const ConstMatrix& b, float scale, float* out,
                           ParallelFor run) {
     static thread_local Scratch shared;
-    const int parts = amx::shrink_parts(a.dtype);
-    const int64_t ranks = a.rows, factor = amx::shrink_factor_bytes(a, ranks, cols) / 4;
-    float* space = shared.floats(factor + ranks * ranks + amx::gram_scratch_floats(a, parts));
+    const int parts = tiles::shrink_parts(a.dtype);
+    const int64_t ranks = a.rows, factor = tiles::shrink_factor_bytes(a, ranks, cols) / 4;
+    float* space = shared.floats(factor + ranks * ranks + tiles::gram_scratch_floats(a, parts));
     auto* packed_a = (uint16_t*)space;
     float* gram = space + factor;
-    amx::pack_shrink_factor(a, false, ranks, cols, packed_a);
-    amx::gram(a, packed_a, parts, gram, gram + ranks * ranks);
+    tiles::pack_shrink_factor(a, false, ranks, cols, packed_a);
+    tiles::gram(a, packed_a, parts, gram, gram + ranks * ranks);
     const auto decode_rows = FASTLORA_PICK(decode_norm_rows);
     const int64_t grain = 1 + (1 << 17) / (32 * cols + 1);  // 128k weights, some 10 us
     parallel(run, (rows + 31) / 32, grain, [&](int64_t begin, int64_t end) {
@@ -143,7 +145,7 @@ static void norm_on_tiles(const ConstMatrix* dense, const Packed4bit* packed_w, 
                 decode_rows(*packed_w, o, o + count, decoded);
                 block.data = decoded;
             }
-            amx::norm_rows(block, packed_a, parts, gram, b, o, scale, out + o);
+            tiles::norm_rows(block, packed_a, parts, gram, b, o, scale, out + o);
         }
     });
 }
@@ -151,9 +153,8 @@ static void norm_on_tiles(const ConstMatrix* dense, const Packed4bit* packed_w, 
 
 static void norm(const ConstMatrix* dense, const Packed4bit* packed, DType dtype, int64_t rows, int64_t cols,
                  const ConstMatrix& a, const ConstMatrix& b, float scale, float* out, ParallelFor run) {
-#ifdef FASTLORA_AMX
-    if (level() == 3 && dtype == DType::bf16)
-        return norm_on_tiles(dense, packed, rows, cols, a, b, scale, out, run);
+#ifdef FASTLORA_TILES
+    if (tiles::takes(dtype, a.dtype)) return norm_on_tiles(dense, packed, rows, cols, a, b, scale, out, run);
 #endif
     static thread_local Scratch shared;
     const int64_t ranks = a.rows, width = FASTLORA_PICK(norm_width)(ranks);

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "../kernels.h"
-#include "amx.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
@@ -14,14 +14,18 @@ static int detect() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
     if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        best = amx::available() ? 3 : 2;
+        best = 2;
+#ifdef FASTLORA_TILES
+    if (best == 2 && __builtin_cpu_supports("avx512bf16")) best = tiles::amx_available() ? 4 : 3;
+#endif
 #endif
     const char* wanted = std::getenv("FASTLORA_CPU_LEVEL");
-    const int cap = !wanted                            ? best
-                    : !std::strcmp(wanted, "portable") ? 0
-                    : !std::strcmp(wanted, "avx2")     ? 1
-                    : !std::strcmp(wanted, "avx512")   ? 2
-                                                       : best;
+    const int cap = !wanted                               ? best
+                    : !std::strcmp(wanted, "portable")    ? 0
+                    : !std::strcmp(wanted, "avx2")        ? 1
+                    : !std::strcmp(wanted, "avx512")      ? 2
+                    : !std::strcmp(wanted, "avx512_bf16") ? 3
+                                                          : best;
     return cap < best ? cap : best;
 }
 

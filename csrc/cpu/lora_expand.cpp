@@ -24,14 +24,15 @@ struct Expand {
 // Columns [col, col + count) of row t, given s b^T there.
 template <class T>
 FASTLORA_INLINE void finish_row(const Expand& e, int64_t t, int64_t col, int64_t count, const float* terms) {
-    const T* from = (const T*)e.y.data + t * e.y.pitch + col;
+    const T* from = e.y.data ? (const T*)e.y.data + t * e.y.pitch + col : nullptr;
     T* to = (T*)e.out.data + t * e.out.pitch + col;
     for (int64_t i = 0; i < count; i += lanes) {
         const int64_t n = count - i;
         const bool whole = n >= lanes;
         vf term = splat(e.scale) * load(terms + i);
         if (e.mask.bits) term = term * mask_scale(e.mask.bits + t * e.mask.pitch, col + i, e.mask.scale);
-        vf value = (whole ? load(from + i) : load(from + i, n)) + term;
+        vf value = term;
+        if (from) value = (whole ? load(from + i) : load(from + i, n)) + term;
         if (e.gain) value = value * (whole ? load(e.gain + col + i) : load(e.gain + col + i, n));
         if (e.offset) value = value + (whole ? load(e.offset + col + i) : load(e.offset + col + i, n));
         if (whole)
@@ -76,28 +77,20 @@ int64_t expand_width(int64_t cols) {
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "lora_expand.cpp"
-#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
 void lora_expand(const ConstMatrix& y, const ConstMatrix& s, const ConstMatrix& b, bool b_transposed,
                  const DropoutMask& mask, float scale, const float* gain, const float* offset,
                  const Matrix& out, ParallelFor run) {
-    static thread_local Scratch scratch;
-#ifdef FASTLORA_AMX
-    if (level() == 3 && y.dtype == DType::bf16) {
-        auto* packed = (uint16_t*)scratch.floats(amx::expand_factor_bytes(b, s.cols, y.cols) / 4);
-        amx::pack_expand_factor(b, b_transposed, s.cols, y.cols, packed);
-        const int parts = amx::expand_parts(b.dtype);
-        const int64_t grain = 1 + (1 << 17) / (32 * y.cols + 1);  // 128k elements of y, some 10 us
-        return parallel(run, (y.rows + 31) / 32, grain, [&](int64_t begin, int64_t end) {
-            amx::expand_blocks(y, (const float*)s.data, s.cols, packed, parts, mask, scale, gain, offset, out,
-                               begin, end);
-        });
-    }
+#ifdef FASTLORA_TILES
+    if (tiles::takes(y.dtype, b.dtype))
+        return tiles::expand(y, (const float*)s.data, b, b_transposed, mask, scale, gain, offset, out, run);
 #endif
+    static thread_local Scratch scratch;
     const auto rows = FASTLORA_PICK(expand_rows);
     const int64_t width = FASTLORA_PICK(expand_width)(y.cols);
     float* packed = scratch.floats(s.cols * width);

@@ -1,4 +1,4 @@
-// lora_grad: out [R, I] = s [T, R]^T D(x [T, I])
+// lora_grad: out [R, I] = scale * s [T, R]^T D(x [T, I]), or its transpose
 //
 // The gradients of the rank-r factors: dA with s = dS, and dB transposed with x = dy. Threads share the
 // columns, so that no partial sums have to be added afterwards; a thread walks down its columns 128 at a
@@ -33,9 +33,45 @@ FASTLORA_INLINE void grad_tile(const float* s, int64_t s_pitch, const float* x, 
         }
 }
 
+// Sums [ranks, grad_cols] of columns [c0, c0 + cols) to where the gradient lies, rounded once.
 template <class T>
-void grad_cols_as(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float* sums,
-                  const Matrix& out, int64_t begin, int64_t end) {
+FASTLORA_INLINE void write_as(const float* sums, int64_t ranks, float scale, bool transposed,
+                              const Matrix& out, int64_t c0, int64_t cols) {
+    T* to = (T*)out.data;
+    if (!transposed) {
+        for (int64_t j = 0; j < ranks; ++j)
+            for (int64_t c = 0; c < cols; c += lanes) {
+                const vf value = splat(scale) * load(sums + j * grad_cols + c);
+                T* at = to + j * out.pitch + c0 + c;
+                if (cols - c >= lanes)
+                    store(at, value);
+                else
+                    store(at, value, cols - c);
+            }
+        return;
+    }
+    for (int64_t c = 0; c < cols; ++c)
+        for (int64_t j = 0; j < ranks; j += lanes) {
+            float row[lanes] = {};
+            for (int64_t i = 0; i < lanes && j + i < ranks; ++i) row[i] = sums[(j + i) * grad_cols + c];
+            T* at = to + (c0 + c) * out.pitch + j;
+            if (ranks - j >= lanes)
+                store(at, splat(scale) * load(row));
+            else
+                store(at, splat(scale) * load(row), ranks - j);
+        }
+}
+
+void write_sums(const float* sums, int64_t ranks, float scale, bool transposed, const Matrix& out, int64_t c0,
+                int64_t cols) {
+    if (out.dtype == DType::f32) return write_as<float>(sums, ranks, scale, transposed, out, c0, cols);
+    if (out.dtype == DType::bf16) return write_as<bf16>(sums, ranks, scale, transposed, out, c0, cols);
+    write_as<f16>(sums, ranks, scale, transposed, out, c0, cols);
+}
+
+template <class T>
+void grad_cols_as(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float scale,
+                  bool transposed, float* sums, const Matrix& out, int64_t begin, int64_t end) {
     const int64_t ranks = s.cols;
     float wide[grad_rows * grad_cols];
     for (int64_t c0 = begin * grad_cols; c0 < end * grad_cols && c0 < x.cols; c0 += grad_cols) {
@@ -68,16 +104,17 @@ void grad_cols_as(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask&
                                         grad_cols);
             }
         }
-        for (int64_t j = 0; j < ranks; ++j)
-            std::memcpy((float*)out.data + j * out.pitch + c0, sums + j * grad_cols, cols * 4);
+        write_sums(sums, ranks, scale, transposed, out, c0, cols);
     }
 }
 
-void grad_columns(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float* sums,
-                  const Matrix& out, int64_t begin, int64_t end) {
-    if (x.dtype == DType::f32) return grad_cols_as<float>(s, x, mask, sums, out, begin, end);
-    if (x.dtype == DType::bf16) return grad_cols_as<bf16>(s, x, mask, sums, out, begin, end);
-    grad_cols_as<f16>(s, x, mask, sums, out, begin, end);
+void grad_columns(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float scale,
+                  bool transposed, float* sums, const Matrix& out, int64_t begin, int64_t end) {
+    if (x.dtype == DType::f32)
+        return grad_cols_as<float>(s, x, mask, scale, transposed, sums, out, begin, end);
+    if (x.dtype == DType::bf16)
+        return grad_cols_as<bf16>(s, x, mask, scale, transposed, sums, out, begin, end);
+    grad_cols_as<f16>(s, x, mask, scale, transposed, sums, out, begin, end);
 }
 
 int64_t grad_block() {
@@ -87,23 +124,25 @@ int64_t grad_block() {
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "lora_grad.cpp"
-#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
-void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, const Matrix& out,
-               ParallelFor run) {
-#ifdef FASTLORA_AMX
-    if (level() == 3 && x.dtype == DType::bf16 && x.rows) {
+void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float scale,
+               bool transposed, const Matrix& out, ParallelFor run) {
+#ifdef FASTLORA_TILES
+    if (x.rows && tiles::takes(x.dtype, out.dtype)) {
         static thread_local Scratch factor;
-        auto* packed = (uint16_t*)factor.floats(amx::grad_factor_bytes(x.rows, s.cols) / 4);
-        amx::pack_grad_factor(s, mask.bits ? mask.scale : 1.0f, packed);
-        const int64_t grain = 1 + (1 << 18) / (64 * x.rows + 1);  // 256k elements of x, some 10 us
-        return parallel(run, (x.cols + 63) / 64, grain, [&](int64_t begin, int64_t end) {
-            amx::grad_blocks(x, packed, s.cols, mask, out, begin, end);
-        });
+        const int parts = tiles::grad_parts(out.dtype);
+        auto* packed = (uint16_t*)factor.floats(tiles::grad_factor_bytes(x.rows, s.cols, parts) / 4);
+        tiles::pack_grad_factor(s, mask.bits ? scale * mask.scale : scale, parts, packed);
+        const int64_t blocks = (x.cols + tiles::grad_columns - 1) / tiles::grad_columns;
+        return parallel(run, blocks, tiles::grain(tiles::grad_columns * x.rows),
+                        [&](int64_t begin, int64_t end) {
+                            tiles::grad_blocks(x, packed, parts, s.cols, mask, transposed, out, begin, end);
+                        });
     }
 #endif
     const auto columns = FASTLORA_PICK(grad_columns);
@@ -112,7 +151,7 @@ void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& ma
     const int64_t grain = 1 + (1 << 19) / (x.rows * block * s.cols + 1);  // ~0.5 M multiply-adds, some 10 us
     parallel(run, blocks, grain, [&](int64_t begin, int64_t end) {
         static thread_local Scratch scratch;
-        columns(s, x, mask, scratch.floats(s.cols * block), out, begin, end);
+        columns(s, x, mask, scale, transposed, scratch.floats(s.cols * block), out, begin, end);
     });
 }
 

@@ -51,23 +51,22 @@ int64_t shrink_width(int64_t ranks) {
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "lora_shrink.cpp"
-#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
 void lora_shrink(const ConstMatrix& x, const ConstMatrix& a, bool a_transposed, const DropoutMask& mask,
                  float scale, const Matrix& out, ParallelFor run) {
     static thread_local Scratch scratch;
-#ifdef FASTLORA_AMX
-    if (level() == 3 && x.dtype == DType::bf16) {
-        auto* packed = (uint16_t*)scratch.floats(amx::shrink_factor_bytes(a, out.cols, x.cols) / 4);
-        amx::pack_shrink_factor(a, a_transposed, out.cols, x.cols, packed);
-        const int parts = amx::shrink_parts(a.dtype);
-        const int64_t grain = 1 + (1 << 18) / (32 * x.cols + 1);  // 256k elements of x, some 10 us
-        return parallel(run, (x.rows + 31) / 32, grain, [&](int64_t begin, int64_t end) {
-            amx::shrink_blocks(x, packed, parts, out.cols, mask, scale, (float*)out.data, begin, end);
+#ifdef FASTLORA_TILES
+    if (tiles::takes(x.dtype, a.dtype)) {
+        auto* packed = (uint16_t*)scratch.floats(tiles::shrink_factor_bytes(a, out.cols, x.cols) / 4);
+        tiles::pack_shrink_factor(a, a_transposed, out.cols, x.cols, packed);
+        const int parts = tiles::shrink_parts(a.dtype);
+        return parallel(run, (x.rows + 31) / 32, tiles::grain(32 * x.cols), [&](int64_t begin, int64_t end) {
+            tiles::shrink_blocks(x, packed, parts, out.cols, mask, scale, (float*)out.data, begin, end);
         });
     }
 #endif

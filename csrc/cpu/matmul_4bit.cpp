@@ -67,15 +67,15 @@ void matmul_rows(const float* x, int64_t tokens, const Packed4bit& w, const Matr
 }  // namespace fastlora::FASTLORA_LEVEL
 #else
 #define FASTLORA_KERNELS "matmul_4bit.cpp"
-#include "amx.h"
 #include "levels.h"
 #include "scratch.h"
+#include "tiles.h"
 
 namespace fastlora::cpu {
 
 bool matmul_4bit_on_tiles(DType x, const Packed4bit& w) {
-#ifdef FASTLORA_AMX
-    return level() == 3 && x == DType::bf16 && amx::matmul_4bit_takes(w);
+#ifdef FASTLORA_TILES
+    return tiles::matmul_4bit_takes(x, w);
 #else
     return false;
 #endif
@@ -83,9 +83,9 @@ bool matmul_4bit_on_tiles(DType x, const Packed4bit& w) {
 
 void matmul_4bit(const ConstMatrix& x, const Packed4bit& w, bool transposed, const Matrix& out,
                  ParallelFor run) {
-#ifdef FASTLORA_AMX
+#ifdef FASTLORA_TILES
     if (transposed || (x.rows > 4 && matmul_4bit_on_tiles(x.dtype, w)))
-        return amx::matmul_4bit(x, w, transposed, out, run);
+        return tiles::matmul_4bit(x, w, transposed, out, run);
 #endif
     static thread_local Scratch scratch;
     float* wide = scratch.floats(x.rows * x.cols);

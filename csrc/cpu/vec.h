@@ -9,6 +9,7 @@ typedef float vf __attribute__((vector_size(4 * FASTLORA_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * FASTLORA_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * FASTLORA_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * FASTLORA_LANES)));
+typedef int8_t vb __attribute__((vector_size(FASTLORA_LANES)));
 
 FASTLORA_INLINE vf splat(float value) {
     return value - vf{};
@@ -67,6 +68,12 @@ FASTLORA_INLINE vf load(const f16* p) {
     for (int i = 0; i < lanes; ++i) v[i] = half_to_float(p[i].bits);
     return v;
 #endif
+}
+
+FASTLORA_INLINE vf load(const int8_t* p) {
+    vb b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
 }
 
 FASTLORA_INLINE void store(float* p, vf v) {
@@ -204,6 +211,7 @@ struct Math {
     FASTLORA_INLINE vf min(vf a, vf b) { return a > b ? b : a; }  // NaN in a goes through
     FASTLORA_INLINE vf exp(vf x) { return vexp(x); }
     FASTLORA_INLINE vf erf(vf x) { return verf(x); }
+    FASTLORA_INLINE vf reciprocal(vf x) { return splat(1.0f) / x; }
     // value where x > 0, 0 elsewhere; NaN in x goes through, as torch's relu lets it.
     FASTLORA_INLINE vf positive(vf x, vf value) { return x <= vf{} ? vf{} : value; }
 };

@@ -122,6 +122,24 @@ void test_4bit(Shape s, DType dtype, Numbers& numbers) {
         }
 }
 
+void test_8bit(Shape s, DType dtype) {
+    Numbers numbers;
+    const int64_t rows = s.rows + 2, pitch = s.cols + s.pad, row = std::min<int64_t>(1, s.rows),
+                  col = s.cols / 3;
+    std::vector<int8_t> values;
+    std::vector<float> absmax;
+    for (int64_t i = 0; i < rows * pitch - s.pad; ++i) values.push_back(static_cast<int8_t>(numbers.byte()));
+    for (int64_t i = 0; i < rows; ++i) absmax.push_back(1 + numbers.next() / 4);
+    values.shrink_to_fit(), absmax.shrink_to_fit();
+    const Packed8bit w{values.data(), absmax.data(), rows, s.cols, pitch};
+    const Block part(dtype, s.rows, s.cols - col, s.pad);
+    cpu::dequant_8bit(w, row, col, part, on_threads);
+    expect_close("dequant_8bit", part, [&](int64_t n, int64_t k) {
+        const auto at = static_cast<size_t>((row + n) * pitch + col + k);
+        return values[at] * static_cast<double>(absmax[static_cast<size_t>(row + n)]) / 127;
+    });
+}
+
 double activation(Act act, double x) {
     switch (act) {
         case Act::silu:
@@ -191,17 +209,42 @@ void test_lora(Shape s, DType dtype, Numbers& numbers) {
                 const double added = sum(R, [&](int64_t r) { return small(t, r) * at(r, o); });
                 return gain(0, o) * (x(t, o) + 0.5 * keep(t, o) * added) + offset(0, o);
             });
+            const ConstMatrix zeros{nullptr, dtype, s.rows, I, I};
+            cpu::lora_expand(zeros, small, a, !transposed, keep_all, 0.5f, nullptr, nullptr, y, on_threads);
+            expect_close("lora_expand onto nothing", y, [&](int64_t t, int64_t o) {
+                return 0.5 * sum(R, [&](int64_t r) { return small(t, r) * at(r, o); });
+            });
         }
         const Block small = std::move(Block(DType::f32, s.rows, s.ranks, 0).fill(numbers));
-        const Block da(DType::f32, s.ranks, s.cols, 0);
-        cpu::lora_grad(small, x, drop, da, on_threads);
-        expect_close("lora_grad", da, [&](int64_t r, int64_t i) {
-            return sum(s.rows, [&](int64_t t) { return small(t, r) * keep(t, i) * x(t, i); });
-        });
+        const auto grad = [&](int64_t r, int64_t i) {
+            return sum(s.rows, [&](int64_t t) { return 0.5 * small(t, r) * keep(t, i) * x(t, i); });
+        };
+        for (DType to : {DType::f32, dtype}) {
+            const Block da(to, s.ranks, s.cols, 1), db(to, s.cols, s.ranks, 3);
+            cpu::lora_grad(small, x, drop, 0.5f, false, da, on_threads);
+            expect_close("lora_grad", da, grad);
+            cpu::lora_grad(small, x, drop, 0.5f, true, db, on_threads);
+            expect_close("lora_grad", db, [&](int64_t i, int64_t r) { return grad(r, i); });
+        }
     }
     const Block kept(dtype, s.rows, s.cols, s.pad);
     cpu::dropout_apply(x, mask, kept, on_threads);
     expect_close("dropout_apply", kept, [&](int64_t t, int64_t i) { return mask(t, i) * x(t, i); });
+}
+
+void test_lora_backward(Shape s, DType dtype) {
+    Numbers numbers;
+    const Block dy = std::move(Block(dtype, s.rows, s.cols, s.pad).fill(numbers));
+    const Block b = std::move(Block(dtype, s.cols, s.ranks, 1).fill(numbers));
+    const Block left = std::move(Block(DType::f32, s.rows, s.ranks, 2).fill(numbers));
+    const Block ds(DType::f32, s.rows, s.ranks, 0), db(dtype, s.cols, s.ranks, 1);
+    cpu::lora_backward(dy, b, left, 0.5f, ds, db, on_threads);
+    expect_close("lora_backward, ds", ds, [&](int64_t t, int64_t r) {
+        return 0.5 * sum(s.cols, [&](int64_t o) { return dy(t, o) * b(o, r); });
+    });
+    expect_close("lora_backward, db", db, [&](int64_t o, int64_t r) {
+        return 0.5 * sum(s.rows, [&](int64_t t) { return dy(t, o) * left(t, r); });
+    });
 }
 
 void test_dora(Shape s, DType dtype, Numbers& numbers) {
@@ -257,6 +300,21 @@ void test_dropout_mask() {
     }
 }
 
+// Flags a byte each, rows apart, to rows of bits padded with zeros.
+void test_dropout_pack(Shape s, Numbers& numbers) {
+    const int64_t from = s.cols + s.pad, pitch = (s.cols + 15) / 16 * 2;
+    std::vector<uint8_t> flags, bits(static_cast<size_t>(s.rows * pitch), 0xff);
+    for (int64_t i = 0; i < s.rows * from - s.pad; ++i) flags.push_back(numbers.byte() & 1);
+    flags.shrink_to_fit(), bits.shrink_to_fit();
+    cpu::dropout_pack(flags.data(), from, s.rows, s.cols, bits.data(), on_threads);
+    for (int64_t t = 0; t < s.rows; ++t)
+        for (int64_t i = 0; i < 8 * pitch; ++i) {
+            const int wanted = i < s.cols ? flags[static_cast<size_t>(t * from + i)] : 0;
+            if ((bits[static_cast<size_t>(t * pitch + i / 8)] >> (i % 8) & 1) != wanted)
+                return expect("dropout_pack: a bit is not the flag's", false);
+        }
+}
+
 }  // namespace
 }  // namespace fastlora::test
 
@@ -266,10 +324,13 @@ int main() {
     for (const Shape s : shapes)
         for (const fastlora::DType dtype : dtypes) {
             test_4bit(s, dtype, numbers);
+            test_8bit(s, dtype);
             test_glu(s, dtype, numbers);
             test_lora(s, dtype, numbers);
+            test_lora_backward(s, dtype);
             test_dora(s, dtype, numbers);
         }
+    for (const Shape s : shapes) test_dropout_pack(s, numbers);
     test_dropout_mask();
     std::printf("level %d: %d wrong results\n", fastlora::cpu::level(), failures);
     return failures ? 1 : 0;

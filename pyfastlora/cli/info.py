@@ -69,17 +69,26 @@ def _cpu() -> list[tuple[str, str]]:
 
 
 def _compiled() -> list[tuple[str, str]]:
+    import torch
+
     from pyfastlora import _jit, host
-    from pyfastlora.ops import _native
+    from pyfastlora.ops import _native, _native_gpu
 
     rows = []
     for name, reason, library in (
         ("kernels", _native.why_not(), _native.library()),
+        ("gpu-kernels", _native_gpu.why_not_here(), _native_gpu.library()),
         ("host-module", host.why_not(), host.library()),
     ):
         said = (library and _jit.manifest(library.parent)) or {}
-        made = f", {said['compiler']}, {said['seconds']} s" if said else ""
+        archs = f", for {', '.join(said['archs'])}" if said.get("archs") else ""
+        made = f"{archs}, {said['compiler']}, {said['seconds']} s" if said else ""
         rows.append((name, reason or f"{library}{made}"))
+    hip = bool(torch.version.hip)
+    toolkit = _native_gpu.find_toolkit(hip)
+    rows.append(
+        ("hipcc" if hip else "nvcc", f"{toolkit.version}, {toolkit.command}" if toolkit else "not found")
+    )
     return [*rows, ("cache", _cache(_jit.cache_dirs()))]
 
 

@@ -14,6 +14,7 @@ VERBS = {
     "train": "Train an adapter as a YAML file describes it.",
     "quickstart": "See it work: a small model, real text, a few minutes.",
     "build": "Compile the kernels ahead of their first use.",
+    "tune": "Time launch configurations on this GPU, and keep the best.",
     "info": "Show what runs on this machine, and why the rest does not.",
 }
 

@@ -36,7 +36,7 @@ LINK = (
     if sys.platform == "darwin"
     else ("-shared", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed")
 )
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _lock = threading.Lock()
 _outcome: list[str | None] = []  # empty until the first why_not(), then what it answers
@@ -56,7 +56,7 @@ def why_not() -> str | None:
 
 
 def cpu_level() -> str:
-    """The instruction set the kernels use on this CPU: "portable", "avx2", "avx512" or "amx".
+    """The instruction set the kernels use on this CPU: "portable", "avx2", "avx512", "avx512_bf16" or "amx".
 
     FASTLORA_CPU_LEVEL may lower it. Without the compiled kernels the answer is "portable".
     """

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from pyfastlora.ops import _native
+from pyfastlora.ops import _native, _native_gpu
 
 logger = logging.getLogger("pyfastlora")
 
@@ -73,7 +73,9 @@ class Op:
         run = self._chosen.get(key)
         if run is None:
             chosen = _chosen_name(self.name, tensor.device, dtype or tensor.dtype)
-            run = self._chosen[key] = next(i.run for i in self.implementations if i.name == chosen)
+            run = next(i.run for i in self.implementations if i.name == chosen)
+            if not torch.compiler.is_compiling():  # a traced region may change nothing outside itself
+                self._chosen[key] = run
         return run
 
     def choose(self, problem: Problem) -> Implementation:
@@ -131,10 +133,7 @@ def arch_of(device: torch.device) -> str:
     if device.type == "cpu":
         return _native.cpu_level()
     if device.type == "cuda":
-        if torch.version.hip:
-            return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
+        return _native_gpu.arch_of(device)
     return ""
 
 
@@ -145,6 +144,15 @@ def why_not_cpu(problem: Problem) -> str | None:
     if problem.dtype not in FLOATS:
         return f"has {', '.join(FLOATS)}; this is {problem.dtype}"
     return _native.why_not()
+
+
+def why_not_gpu(problem: Problem) -> str | None:
+    """Objections of the compiled CUDA and HIP kernels, common to every op."""
+    if problem.device != "cuda":
+        return f"needs GPU tensors; these are on {problem.device}"
+    if problem.dtype not in FLOATS:
+        return f"has {', '.join(FLOATS)}; this is {problem.dtype}"
+    return _native_gpu.why_not(problem.arch)
 
 
 def always(problem: Problem) -> str | None:
@@ -161,7 +169,7 @@ def all_ops() -> tuple[Op, ...]:
 
 @contextlib.contextmanager
 def backend(spec: str) -> Iterator[None]:
-    """Request backends for the calls inside: "reference", or per op "glu_forward=cpu,dequant_4bit=reference".
+    """Request backends for the calls inside: "reference", or per op "glu=cpu,dequant_4bit=reference".
 
     "auto" lifts the requests in force. Process-wide, because autograd runs backward passes on threads of its
     own.
@@ -191,7 +199,10 @@ class requests:  # noqa: N801  (a context manager, used like a function)
 
 
 def parse_requests(spec: str) -> dict[str, str]:
-    """{"*" or op name: backend} from "cpu" or "glu_forward=cpu,dequant_4bit=reference"; raises ValueError."""
+    """{"*" or op name: backend} from "cpu" or "glu=cpu,dequant_4bit=reference"; raises ValueError.
+
+    A stem stands for all of its ops: "glu" for glu_forward and glu_backward.
+    """
     requests: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in spec.split(","))):
         op, _, name = item.rpartition("=")
@@ -199,11 +210,18 @@ def parse_requests(spec: str) -> dict[str, str]:
             continue
         if name not in BACKENDS:
             raise ValueError(f"backend {name!r} in {spec!r}: choose one of auto, {', '.join(BACKENDS)}")
-        requests[op or "*"] = name
-    if _ops and (unknown := [op for op in requests if op != "*" and op not in _ops]):
-        raise ValueError(f"backend {spec!r}: no op named {', '.join(unknown)}; there are {', '.join(_ops)}")
+        named = [op] if op in _ops else [each for each in _ops if each.startswith(f"{op}_")]
+        if op and not named:
+            raise ValueError(f"backend {spec!r}: no op named {op}; there are {', '.join(_ops)}")
+        requests.update(dict.fromkeys(named if op else ["*"], name))
     return requests
 
 
+def obey_environment() -> None:
+    """Put the requests of FASTLORA_BACKEND in force, once all ops are there; raises ValueError."""
+    global _requests
+    _requests = parse_requests(os.environ.get("FASTLORA_BACKEND", ""))
+
+
 _ops: dict[str, Op] = {}
-_requests: dict[str, str] = parse_requests(os.environ.get("FASTLORA_BACKEND", ""))
+_requests: dict[str, str] = {}

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
+from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
+from pyfastlora.ops._triton import triton_implementation
 
 NF4 = (
     -1.0,
@@ -138,10 +139,14 @@ def reference(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
     out.copy_(values.view(w.shape)[row : row + out.shape[0], col : col + out.shape[1]])
 
 
-def cpu(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
+def native(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
     torch.ops.pyfastlora.dequant_4bit(*w.native, *w.shape, row, col, out)
 
 
 OP = Op(
-    "dequant_4bit", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+    "dequant_4bit",
+    Implementation("gpu", native, why_not_gpu),
+    triton_implementation("dequant_4bit", "dequant_4bit"),
+    Implementation("cpu", native, why_not_cpu),
+    Implementation("reference", reference, always),
 )

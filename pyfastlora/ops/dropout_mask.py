@@ -12,12 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
+from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
+from pyfastlora.ops._shapes import rows_of
+from pyfastlora.ops._triton import triton_implementation
 
 
 @dataclass(frozen=True, slots=True)
 class DropoutMask:
-    """bits uint8 [T, 2 ceil(C / 16)]: bit k % 8 of byte k / 8 keeps element k of a row. scale is 1 / (1"""
+    """bits uint8 [T, 2 ceil(C / 16)]: bit k % 8 of byte k / 8 keeps element k of a row.
+
+    scale is 1 / (1 - p), which kept elements are multiplied by.
+    """
 
     bits: Tensor
     scale: float
@@ -29,14 +34,17 @@ class DropoutMask:
         return flags.to(dtype) * self.scale
 
 
-def dropout_mask(x: Tensor, p: float) -> DropoutMask:
-    """The mask of dropout with probability `p` on x [..., C], as rows.
+def dropout_mask(x: Tensor, p: float, dtype: torch.dtype | None = None) -> DropoutMask:
+    """The mask of dropout with probability `p` on x [..., C], or on x cast to `dtype`, as rows.
 
     Raises ValueError unless 0 <= p < 1. Source: aten/src/ATen/native/Dropout.cpp (one bernoulli draw over x's
     memory).
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout_mask: p must be in [0, 1); got {p}")
+    if dtype not in (None, x.dtype) and x.device.type != "cpu":
+        # There the order of the draws goes by the width of an element; its value does not matter.
+        x = torch.empty_like(x, dtype=dtype)
     return DropoutMask(OP.pick(x, torch.float32)(x, 1 - p), 1 / (1 - p))
 
 
@@ -49,16 +57,31 @@ def pack(keep: Tensor) -> Tensor:
     return (padded.view(rows, padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
+def draw(x: Tensor, keep: float) -> Tensor:
+    """What torch's dropout would keep of x, as rows [T, C] of its own flags."""
+    if x.device.type in ("cuda", "xpu"):  # there dropout is one kernel with an order of its own
+        drawn = torch.native_dropout(x, 1 - keep, True)[1]
+    else:
+        drawn = torch.empty_like(x, dtype=torch.bool if x.device.type == "cpu" else x.dtype).bernoulli_(keep)
+    return drawn.reshape(-1, x.shape[-1])
+
+
 def reference(x: Tensor, keep: float) -> Tensor:
-    drawn = torch.empty_like(x, dtype=torch.bool if x.device.type == "cpu" else x.dtype).bernoulli_(keep)
-    return pack(drawn.reshape(-1, x.shape[-1]).to(torch.bool))
+    return pack(draw(x, keep).to(torch.bool))
+
+
+def gpu(x: Tensor, keep: float) -> Tensor:
+    return _pack_native(rows_of(draw(x, keep)))
+
+
+def triton(x: Tensor, keep: float) -> Tensor:
+    return _pack.run(rows_of(draw(x, keep)))
 
 
 def cpu(x: Tensor, keep: float) -> Tensor:
-    # torch draws in the order of memory: for another layout than the packed one that is not the order of
-    # rows.
+    # torch draws in the order of memory, which is the order of rows in the packed layout only.
     if not x.is_contiguous() or torch.compiler.is_compiling():
-        return reference(x, keep)
+        return _pack_native(rows_of(draw(x, keep)))
     cols = x.shape[-1]
     rows = x.numel() // cols if cols else 0
     bits = torch.empty(rows, (cols + 15) // 16 * 2, dtype=torch.uint8)
@@ -68,6 +91,19 @@ def cpu(x: Tensor, keep: float) -> Tensor:
     return bits
 
 
+def _pack_native(keep: Tensor) -> Tensor:
+    rows, cols = keep.shape
+    bits = torch.empty(rows, (cols + 15) // 16 * 2, dtype=torch.uint8, device=keep.device)
+    torch.ops.pyfastlora.dropout_pack(keep, bits)
+    return bits
+
+
+_pack = triton_implementation("dropout_mask", "pack")
+
 OP = Op(
-    "dropout_mask", Implementation("cpu", cpu, why_not_cpu), Implementation("reference", reference, always)
+    "dropout_mask",
+    Implementation("gpu", gpu, why_not_gpu),
+    Implementation("triton", triton, _pack.why_not),
+    Implementation("cpu", cpu, why_not_cpu),
+    Implementation("reference", reference, always),
 )

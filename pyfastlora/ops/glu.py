@@ -9,12 +9,14 @@ tensors' dtype, rounded once per output. Sources: Shazeer 2020 (GLU variants), S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu
-from pyfastlora.ops._shapes import check_same, rows_of
+from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
+from pyfastlora.ops._shapes import check_same, rows_of, written_rows
 from pyfastlora.ops._triton import triton_implementation
 
 ACTS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -34,16 +36,21 @@ def glu_forward(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
     return y
 
 
-def glu_backward(dy: Tensor, gate: Tensor, up: Tensor, act: str = "silu") -> tuple[Tensor, Tensor, Tensor]:
+def glu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, act: str = "silu", *, out: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dgate, dup, product) for `y = act(gate) * up`; the product is computed again because nobody kept it.
 
-    dy, gate, up [..., O] as in `glu_forward`. Returns three new, packed tensors.
+    dy, gate, up [..., O] as in `glu_forward`. Returns three new, packed tensors, or `out`: three like
+    gate, with packed columns and one row pitch. Raises ValueError as `glu_forward` does.
     """
     check_same("glu_backward", gate=gate, up=up, dy=dy)
     _check_act("glu_backward", act)
-    outs = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3)]
-    BACKWARD.pick(gate)(rows_of(dy), rows_of(gate), rows_of(up), act, *(rows_of(t) for t in outs))
-    return outs[0], outs[1], outs[2]
+    if out is None:
+        out = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3)]
+    written = [written_rows("glu_backward", each, gate.shape) for each in out]
+    BACKWARD.pick(gate)(rows_of(dy), rows_of(gate), rows_of(up), act, *written)
+    return out[0], out[1], out[2]
 
 
 def _check_act(op: str, act: str) -> None:
@@ -84,11 +91,11 @@ def reference_backward(
     product.copy_(value * wide_up)
 
 
-def cpu_forward(gate: Tensor, up: Tensor, act: str, y: Tensor) -> None:
+def native_forward(gate: Tensor, up: Tensor, act: str, y: Tensor) -> None:
     torch.ops.pyfastlora.glu_forward(gate, up, ACTS.index(act), y)
 
 
-def cpu_backward(
+def native_backward(
     dy: Tensor, gate: Tensor, up: Tensor, act: str, dgate: Tensor, dup: Tensor, product: Tensor
 ) -> None:
     torch.ops.pyfastlora.glu_backward(dy, gate, up, ACTS.index(act), dgate, dup, product)
@@ -96,13 +103,15 @@ def cpu_backward(
 
 FORWARD = Op(
     "glu_forward",
+    Implementation("gpu", native_forward, why_not_gpu),
     triton_implementation("glu", "glu_forward"),
-    Implementation("cpu", cpu_forward, why_not_cpu),
+    Implementation("cpu", native_forward, why_not_cpu),
     Implementation("reference", reference_forward, always),
 )
 BACKWARD = Op(
     "glu_backward",
+    Implementation("gpu", native_backward, why_not_gpu),
     triton_implementation("glu", "glu_backward"),
-    Implementation("cpu", cpu_backward, why_not_cpu),
+    Implementation("cpu", native_backward, why_not_cpu),
     Implementation("reference", reference_backward, always),
 )

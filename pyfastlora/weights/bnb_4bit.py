@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyfastlora.ops import Packed4bit, dequant_4bit, dora_norm, matmul_4bit
+from pyfastlora.ops.matmul_4bit import FEW_ROWS_GPU
+from pyfastlora.weights import _dense_copy
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,6 +83,10 @@ class Bnb4bitWeight:
         nested = (w.nested_code, w.nested_absmax, w.nested_offset)
         return (w.packed, w.absmax, *(tensor for tensor in nested if tensor is not None))
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        return (self.compute,)
+
     def rebuild(self, tensors: tuple[Tensor, ...]) -> Bnb4bitWeight:
         w, (packed, absmax, *nested) = self.packed, tensors
         code, nested_absmax, offset = nested or (None, None, None)
@@ -87,24 +94,45 @@ class Bnb4bitWeight:
         again = Packed4bit(packed, absmax, w.shape, w.dtype, w.blocksize, w.quant_type, *scales)
         return Bnb4bitWeight(again, self.compute)
 
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return self.compute or x.dtype
+    def compute_dtype(self, x: Tensor, cast: torch.dtype | None = None) -> torch.dtype:
+        return cast or self.compute or x.dtype
 
     def output_dtype(self, x: Tensor, compute: torch.dtype) -> torch.dtype:
         return x.dtype  # Linear4bit.forward casts back to its input's dtype, under autocast too
 
-    def linear(self, x: Tensor, *, stored: bool = False) -> Tensor:
-        return matmul_4bit(x, self.packed, values=self.packed.dtype if stored else None)
+    def gradient_dtype(self, x: Tensor, compute: torch.dtype) -> torch.dtype:
+        return compute
+
+    def linear(self, x: Tensor, *, stored: bool = False, onto: Tensor | None = None) -> Tensor:
+        values = self.packed.dtype if stored else x.dtype
+        if not self.has_room(x):
+            return matmul_4bit(x, self.packed, values=values, out=onto, accumulate=onto is not None)
+        weight = self._copy(x, values, gradient=False)
+        return F.linear(x, weight) if onto is None else onto.addmm_(x, weight.t())
 
     def input_grad(self, dy: Tensor, dx: Tensor | None = None, *, stored: bool = False) -> Tensor:
-        grad = matmul_4bit(dy, self.packed, transposed=True, values=self.packed.dtype if stored else None)
-        return grad if dx is None else dx.add_(grad)
+        values = self.packed.dtype if stored else dy.dtype
+        if not self.has_room(dy):
+            added = dx is not None
+            return matmul_4bit(dy, self.packed, transposed=True, values=values, out=dx, accumulate=added)
+        weight = self._copy(dy, values, gradient=True)
+        return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+
+    def has_room(self, x: Tensor) -> bool:
+        return x.device.type in _dense_copy.GPUS and x.shape[0] > FEW_ROWS_GPU
+
+    def copy_with_room(self, x: Tensor, *, gradient: bool) -> Tensor:
+        return _dense_copy.dense_copy(self.packed, x.dtype, x.dtype, gradient=gradient)
 
     def norm(self, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return dora_norm(self.packed, a, b, scale)
 
     def dequantize(self, out: Tensor) -> Tensor:
         return dequant_4bit(self.packed, out=out)
+
+    def _copy(self, x: Tensor, values: torch.dtype, *, gradient: bool) -> Tensor:
+        copy = _dense_copy.dense_copy(self.packed, x.dtype, values, gradient=gradient)
+        return copy[: self.shape[0], : self.shape[1]]
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ counts.
 import numpy as np
 import pytest
 import torch
-from accuracy import FLOATS, assert_fence_untouched, fenced, name_of
+from accuracy import DEVICE, FLOATS, assert_fence_untouched, fenced, implementations, name_of, noise
 
 from pyfastlora.ops import Packed4bit, backend, dequant_4bit
 from pyfastlora.ops.dequant_4bit import OP
@@ -20,25 +20,29 @@ def packed_weight(
     rng = np.random.default_rng(seed)
     count = shape[0] * shape[1]
     blocks = -(-count // blocksize)
-    packed = torch.from_numpy(rng.integers(0, 256, (count + 1) // 2, dtype=np.uint8))
+
+    def tensor(values):
+        return torch.from_numpy(values).to(DEVICE)
+
+    packed = tensor(rng.integers(0, 256, (count + 1) // 2, dtype=np.uint8))
     if not nested:
-        absmax = torch.from_numpy(rng.uniform(0.01, 3, blocks).astype(np.float32))
+        absmax = tensor(rng.uniform(0.01, 3, blocks).astype(np.float32))
         return Packed4bit(packed, absmax, shape, dtype, blocksize, quant_type)
     return Packed4bit(
         packed,
-        torch.from_numpy(rng.integers(0, 256, blocks, dtype=np.uint8)),
+        tensor(rng.integers(0, 256, blocks, dtype=np.uint8)),
         shape,
         dtype,
         blocksize,
         quant_type,
-        nested_code=torch.from_numpy(np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)),
-        nested_absmax=torch.from_numpy(rng.uniform(0.1, 1, -(-blocks // 256)).astype(np.float32)),
-        nested_offset=torch.tensor([1.25]),
+        nested_code=tensor(np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)),
+        nested_absmax=tensor(rng.uniform(0.1, 1, -(-blocks // 256)).astype(np.float32)),
+        nested_offset=torch.tensor([1.25], device=DEVICE),
     )
 
 
 def by_hand(w: Packed4bit) -> torch.Tensor:
-    """The definition, element by element in numpy's float32."""
+    """The definition, in numpy's float32."""
     nf4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
     nf4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
     nf4 += [
@@ -51,21 +55,18 @@ def by_hand(w: Packed4bit) -> torch.Tensor:
     ]
     half = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
     code = np.array(nf4, np.float32) if w.quant_type == "nf4" else np.concatenate([half, -half])
-    out = np.empty(w.shape[0] * w.shape[1], np.float32)
-    for i in range(out.size):
-        byte = int(w.packed[i // 2])
-        block = i // w.blocksize
-        scale = np.float32(w.absmax[block])
-        if w.nested_code is not None:
-            product = np.float32(w.nested_code[int(w.absmax[block])]) * np.float32(
-                w.nested_absmax[block // 256]
-            )
-            scale = np.float32(product) + np.float32(w.nested_offset[0])
-        out[i] = code[byte & 15 if i % 2 else byte >> 4] * scale
-    return torch.from_numpy(out).view(w.shape)
+    packed, scales = w.packed.cpu().numpy(), w.absmax.cpu().numpy()
+    if w.nested_code is not None:
+        groups = w.nested_absmax.cpu().numpy()[np.arange(scales.size) // 256]
+        scales = w.nested_code.cpu().numpy()[scales] * groups + w.nested_offset.cpu().numpy()
+    at = np.arange(w.shape[0] * w.shape[1])
+    nibbles = np.where(at % 2, packed[at // 2] & 15, packed[at // 2] >> 4)
+    out = code[nibbles] * scales[at // w.blocksize]
+    assert out.dtype == np.float32
+    return torch.from_numpy(out).view(w.shape).to(DEVICE)
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", implementations("dequant_4bit"))
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["single", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -82,7 +83,15 @@ def test_every_blocksize(blocksize):
     assert torch.equal(dequant_4bit(w, torch.float32), by_hand(w))
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", implementations("dequant_4bit"))
+@pytest.mark.parametrize("blocksize", [20, 33, 96])
+def test_blocks_that_are_no_power_of_two(name, blocksize):
+    w = packed_weight((9, 96), blocksize)
+    with backend(f"dequant_4bit={name}"):
+        assert torch.equal(dequant_4bit(w, torch.float32), by_hand(w))
+
+
+@pytest.mark.parametrize("name", implementations("dequant_4bit"))
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 @pytest.mark.parametrize(
     ("rows", "cols"), [((0, 7), (3, 90)), ((2, 3), (0, 1)), ((6, 7), (95, 96)), ((3, 3), (0, 96))]
@@ -105,7 +114,7 @@ def test_bit_equal_to_bitsandbytes(quant_type, nested, storage):
     )
     from pyfastlora.weights.bnb_4bit import Bnb4bitWeight, why_not
 
-    weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight = noise(128, 192, dtype=torch.bfloat16, seed=3)
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, compress_statistics=nested, quant_type=quant_type, quant_storage=storage
     )

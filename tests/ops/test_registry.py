@@ -38,13 +38,13 @@ def test_the_first_without_an_objection_runs(op):
     assert op.choose(CPU_BF16).name == "cpu"
     assert op.choose(Problem("cpu", "avx512", "float64")).name == "reference"
     for dtype in (torch.float32, torch.float64, torch.float32):
-        x = torch.zeros(1, dtype=dtype)
+        x = torch.zeros(1, dtype=dtype, device="cpu")
         op.pick(x)(x)
     assert op.calls == ["cpu", "reference", "cpu"]
 
 
 def test_a_request_holds_inside_its_block_only(op):
-    x = torch.zeros(1)
+    x = torch.zeros(1, device="cpu")
     with backend("reference"):
         op.pick(x)(x)
         with backend("test_op=cpu"):
@@ -56,15 +56,15 @@ def test_a_request_holds_inside_its_block_only(op):
 
 def test_a_request_that_cannot_be_met_names_every_candidate(op):
     with backend("gpu"), pytest.raises(BackendError) as refused:
-        op.pick(torch.zeros(1))
+        op.pick(torch.zeros(1, device="cpu"))
     text = str(refused.value)
     assert "test_op: `gpu` was requested and cannot take cpu" in text
     assert "gpu        needs a GPU; this is cpu" in text
     assert "cpu        can: FASTLORA_BACKEND=test_op=cpu" in text
     with backend("triton"), pytest.raises(BackendError, match="triton     has no implementation of this op"):
-        op.pick(torch.zeros(1))
+        op.pick(torch.zeros(1, device="cpu"))
     with backend("cpu"), pytest.raises(BackendError, match="cpu        has no float64"):
-        op.pick(torch.zeros(1, dtype=torch.float64))
+        op.pick(torch.zeros(1, dtype=torch.float64, device="cpu"))
 
 
 def test_requests_are_parsed_strictly():
@@ -73,6 +73,7 @@ def test_requests_are_parsed_strictly():
         "glu_forward": "reference",
         "dequant_4bit": "cpu",
     }
+    assert parse_requests("glu=triton") == {"glu_forward": "triton", "glu_backward": "triton"}
     assert parse_requests("auto") == parse_requests("") == {}
     with pytest.raises(ValueError, match="backend 'cuda'.*choose one of auto, gpu, triton, cpu, reference"):
         parse_requests("cuda")
@@ -106,12 +107,14 @@ def test_the_environment_variable_is_a_request():
         "import torch; from pyfastlora.ops import all_ops, Problem, glu_forward\n"
         "print({op.name: op.choose(Problem('cpu', '', 'float32')).name for op in all_ops()})"
     )
-    env = {**os.environ, "FASTLORA_BACKEND": "reference,glu_forward=cpu"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stdout
-    chosen = eval(out)
+
+    def run(spec: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "FASTLORA_BACKEND": spec}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    chosen = eval(run("reference,glu_forward=cpu").stdout)
     assert chosen.pop("glu_forward") == "cpu" and set(chosen.values()) == {"reference"}
+    assert "ValueError: backend 'glu_foward=cpu': no op named glu_foward" in run("glu_foward=cpu").stderr
 
 
 def test_traces_without_a_graph_break():

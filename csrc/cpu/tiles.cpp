@@ -1,41 +1,40 @@
-// The rank-r products on AMX tiles; see amx.h.
-//
-// A tile is 16 rows of 64 bytes. One instruction adds a [16, 32] bfloat16 tile times a [32, 16] one, the
-// latter with pairs of rows interleaved, to a [16, 16] float32 tile, in 16 cycles: what vector FMAs need 256
-// for.
-#include "amx.h"
+// The rank-r products of bfloat16 activations on tiles; see tiles.h. Everything but the products themselves,
+// which are the engine's.
+#include "tiles.h"
 
+#ifdef FASTLORA_TILES
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics trip these (gcc bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include "scratch.h"
+#include "tile_engine.h"
+
+// Asked on every CPU.
+namespace fastlora::tiles {
+
+static const Engine& engine() {
+    return cpu::level() == 4 ? amx : dot;
+}
+
+bool takes(DType activations, DType factor) {
+    return cpu::level() >= 3 && activations == DType::bf16 && (factor == DType::bf16 || engine().wide);
+}
+
+int64_t grain(int64_t block) {
+    return 1 + engine().grain / (block + 1);
+}
+
+}  // namespace fastlora::tiles
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
-#include "amx_tiles.h"
+#include "transpose.h"
 
-namespace fastlora::amx {
-
-bool available() {
-    static const bool yes = [] {
-        __builtin_cpu_init();
-        if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512dq")) return false;
-        unsigned a, b, c, d;
-        asm volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-        if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
-        constexpr long request_permission = 0x1023,
-                       tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-    }();
-    return yes;
-}
+namespace fastlora::tiles {
 
 // ---- packing ---------------------------------------------------------------
 
@@ -62,6 +61,9 @@ static inline __m256i next_part(__m512& value) {
 static __mmask16 lanes_of(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
 }
+static __mmask32 lanes32(int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
 
 // The [16 outer, depth] block of factor m at (outer, k) as `parts` tiles of [depth / 2][16][2]; depth is 16
 // or 32, m is [outers, depths], or [depths, outers] when transposed.
@@ -86,6 +88,16 @@ static void pack_tile(const ConstMatrix& m, bool transposed, int64_t outer, int6
             }
         return;
     }
+    __m512i rows[16];
+    if (m.dtype == DType::bf16) {
+        const int64_t count = depths - k < depth ? depths - k : depth;
+        for (int j = 0; j < 16; ++j)
+            rows[j] = _mm512_maskz_loadu_epi16(outer + j < outers ? lanes32(count) : 0,
+                                               (const uint16_t*)m.data + (outer + j) * m.pitch + k);
+        transpose(rows);
+        for (int i = 0; i < depth / 2; ++i) _mm512_storeu_si512(tiles + 32 * i, rows[i]);
+        return;
+    }
     for (int j = 0; j < 16; ++j)
         for (int i = 0; i < depth; i += 16) {
             __m512 value = outer + j < outers ? read(m, outer + j, k + i, lanes_of(depths - k - i))
@@ -93,19 +105,17 @@ static void pack_tile(const ConstMatrix& m, bool transposed, int64_t outer, int6
             for (int p = 0; p < parts; ++p)
                 _mm256_store_si256((__m256i*)(block[p] + depth * j + i), next_part(value));
         }
-    const __m512i rows = _mm512_mullo_epi32(
-        _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(depth / 2));
-    for (int p = 0; p < parts; ++p)
-        for (int i = 0; i < depth; i += 2)
-            _mm512_storeu_si512(tiles + p * tile_pitch + 16 * i,
-                                _mm512_i32gather_epi32(rows, block[p] + i, 4));
+    for (int p = 0; p < parts; ++p) {
+        for (int j = 0; j < 16; ++j)
+            rows[j] = depth == 32 ? _mm512_load_si512(block[p] + 32 * j)
+                                  : _mm512_castsi256_si512(_mm256_load_si256((__m256i*)(block[p] + 16 * j)));
+        transpose(rows);
+        for (int i = 0; i < depth / 2; ++i) _mm512_storeu_si512(tiles + p * tile_pitch + 32 * i, rows[i]);
+    }
 }
 
 int shrink_parts(DType factor) {
     return factor == DType::bf16 ? 1 : 3;
-}
-int expand_parts(DType factor) {
-    return factor == DType::bf16 ? 1 : 2;
 }
 
 // ---- shrink ---------------------------------------------------------------
@@ -123,38 +133,13 @@ void pack_shrink_factor(const ConstMatrix& a, bool transposed, int64_t ranks, in
             pack_tile(a, transposed, 16 * jt, 32 * step, 32, parts, packed, tile_values);
 }
 
-template <int parts>
-static void shrink_block(const uint16_t* x, int64_t pitch, int64_t steps, const uint16_t* packed,
-                         float* sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t step = 0; step < steps; ++step) {
-        const uint16_t* tiles = packed + step * parts * tile_values;
-        _tile_loadd(2, x + step * 32, pitch * 2);
-        _tile_loadd(3, x + 16 * pitch + step * 32, pitch * 2);
-        _tile_loadd(4, tiles, 64);
-        _tile_dpbf16ps(0, 2, 4);
-        _tile_dpbf16ps(1, 3, 4);
-        if constexpr (parts > 1) {
-            _tile_loadd(5, tiles + tile_values, 64);
-            _tile_loadd(6, tiles + 2 * tile_values, 64);
-            _tile_dpbf16ps(0, 2, 5);
-            _tile_dpbf16ps(1, 3, 5);
-            _tile_dpbf16ps(0, 2, 6);
-            _tile_dpbf16ps(1, 3, 6);
-        }
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-}
-
 // 32 rows of x with dropped elements, columns past the last and rows past the last at zero.
 static void copy_block(const ConstMatrix& x, int64_t t0, const DropoutMask& mask, int64_t pitch,
                        uint16_t* to) {
     for (int64_t t = 0; t < 32; ++t)
         for (int64_t k = 0; k < pitch; k += 32) {
             const int64_t count = x.cols - k;
-            __mmask32 keep = t0 + t >= x.rows ? 0 : count >= 32 ? 0xffffffffu : (1u << count) - 1;
+            __mmask32 keep = t0 + t >= x.rows ? 0 : lanes32(count);
             if (mask.bits && keep) {
                 uint32_t bits = 0;
                 std::memcpy(&bits, mask.bits + (t0 + t) * mask.pitch + k / 8, count > 16 ? 4 : 2);
@@ -168,7 +153,7 @@ static void copy_block(const ConstMatrix& x, int64_t t0, const DropoutMask& mask
 void shrink_blocks(const ConstMatrix& x, const uint16_t* packed, int parts, int64_t ranks,
                    const DropoutMask& mask, float scale, float* out, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
-    const Tiles tiles;
+    const Session session(engine());
     alignas(64) float sums[512];
     const int64_t steps = pairs(x.cols);
     const __m512 factor_scale = _mm512_set1_ps(mask.bits ? scale * mask.scale : scale);
@@ -184,10 +169,7 @@ void shrink_blocks(const ConstMatrix& x, const uint16_t* packed, int parts, int6
         }
         for (int64_t jt = 0; jt < sixteens(ranks); ++jt) {
             const uint16_t* factor = packed + jt * steps * parts * tile_values;
-            if (parts == 1)
-                shrink_block<1>(rows, pitch, steps, factor, sums);
-            else
-                shrink_block<3>(rows, pitch, steps, factor, sums);
+            engine().shrink(rows, pitch, steps, factor, parts, sums);
             const __mmask16 lanes = lanes_of(ranks - 16 * jt);
             for (int64_t t = 0; t < count; ++t)
                 _mm512_mask_storeu_ps(out + (t0 + t) * ranks + 16 * jt, lanes,
@@ -198,19 +180,18 @@ void shrink_blocks(const ConstMatrix& x, const uint16_t* packed, int parts, int6
 
 // ---- expand ---------------------------------------------------------------
 // A step contracts 16 ranks of s in two parts, s1 and s2 (16 bits: y keeps 8), against b1 twice; a float32 b
-// adds a second tile with b2 twice.   packed [column tiles][rank tiles][parts][16 pairs][16 columns][2]
+// adds a second tile with b2 twice. Threads share blocks of y, and each packs the strip of the factor that
+// its block meets, [column tiles][rank tiles][parts][16 pairs][16 columns][2]: one copy for all threads takes
+// longer to fetch from another core than to make (128 rows of 2048: 60 us for 36, two threads).
 
-int64_t expand_factor_bytes(const ConstMatrix& b, int64_t ranks, int64_t cols) {
-    return 2 * (sixteens(cols) + 1) / 2 * 2 * sixteens(ranks) * expand_parts(b.dtype) * tile_values;
-}
+constexpr int64_t strip_rows = 256, strip_cols = 512, chunk = 256;
 
-void pack_expand_factor(const ConstMatrix& b, bool transposed, int64_t ranks, int64_t cols,
-                        uint16_t* packed) {
-    const int parts = expand_parts(b.dtype);
-    for (int64_t ct = 0; ct < (sixteens(cols) + 1) / 2 * 2; ++ct)
+static void pack_strip(const ConstMatrix& b, bool transposed, int64_t ranks, int64_t col, int64_t cols,
+                       int parts, int s_parts, uint16_t* packed) {
+    for (int64_t ct = 0; ct < (cols + 31) / 32 * 2; ++ct)
         for (int64_t jt = 0; jt < sixteens(ranks); ++jt, packed += parts * tile_values) {
-            pack_tile(b, transposed, 16 * ct, 16 * jt, 16, parts, packed, tile_values);
-            for (int p = 0; p < parts; ++p)  // the same b meets s2
+            pack_tile(b, transposed, col + 16 * ct, 16 * jt, 16, parts, packed, tile_values);
+            for (int p = 0; p < parts && s_parts == 2; ++p)  // the same b meets s2
                 std::memcpy(packed + p * tile_values + tile_values / 2, packed + p * tile_values,
                             tile_values);
         }
@@ -228,21 +209,26 @@ static void pack_rows(const float* s, int64_t ranks, int64_t rows, float scale, 
         }
 }
 
+// What is done with the terms of one row: y + terms, rounded, where nothing else is asked for.
 struct Epilogue {
-    const uint16_t* y;
+    const uint16_t* y;  // or null: zeros
     uint16_t* out;
     const uint8_t* bits;  // of this row, or null
     float mask_scale;
     const float *gain, *offset;
 
-    // 32 columns from `col` of one row, `terms` being the adapter's part.
-    inline __attribute__((always_inline)) void write(int64_t col, int64_t count, const float* terms0,
-                                                     const float* terms1) const {
-        const __mmask32 lanes = count >= 32 ? 0xffffffffu : (1u << count) - 1;
-        const __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
-        const __m512i y32 = _mm512_maskz_loadu_epi16(lanes, y + col);
+    bool plain() const { return y && !bits && !gain && !offset; }
+
+    // 32 columns from `col`, of which `count` exist.
+    template <bool simple>
+    inline __attribute__((always_inline)) __m512i value(int64_t col, int64_t count, const float* terms0,
+                                                        const float* terms1) const {
+        const __mmask32 lanes = simple ? 0xffffffffu : lanes32(count);
+        const __m512i y32 = simple ? _mm512_loadu_si512(y + col)
+                            : y    ? _mm512_maskz_loadu_epi16(lanes, y + col)
+                                   : _mm512_setzero_si512();
         __m512 t0 = _mm512_load_ps(terms0), t1 = _mm512_load_ps(terms1);
-        if (bits) {
+        if (!simple && bits) {
             uint32_t keep = 0;
             std::memcpy(&keep, bits + col / 8, count > 16 ? 4 : 2);
             t0 = _mm512_maskz_mul_ps((__mmask16)keep, t0, _mm512_set1_ps(mask_scale));
@@ -250,66 +236,93 @@ struct Epilogue {
         }
         __m512 v0 = _mm512_add_ps(widen_bf16(_mm512_castsi512_si256(y32)), t0);
         __m512 v1 = _mm512_add_ps(widen_bf16(_mm512_extracti64x4_epi64(y32, 1)), t1);
-        if (gain) {
-            v0 = _mm512_mul_ps(v0, _mm512_maskz_loadu_ps(low, gain + col));
-            v1 = _mm512_mul_ps(v1, _mm512_maskz_loadu_ps(high, gain + col + 16));
+        if (!simple) {
+            const __mmask16 low = (__mmask16)lanes, high = (__mmask16)(lanes >> 16);
+            if (gain) {
+                v0 = _mm512_mul_ps(v0, _mm512_maskz_loadu_ps(low, gain + col));
+                v1 = _mm512_mul_ps(v1, _mm512_maskz_loadu_ps(high, gain + col + 16));
+            }
+            if (offset) {
+                v0 = _mm512_add_ps(v0, _mm512_maskz_loadu_ps(low, offset + col));
+                v1 = _mm512_add_ps(v1, _mm512_maskz_loadu_ps(high, offset + col + 16));
+            }
         }
-        if (offset) {
-            v0 = _mm512_add_ps(v0, _mm512_maskz_loadu_ps(low, offset + col));
-            v1 = _mm512_add_ps(v1, _mm512_maskz_loadu_ps(high, offset + col + 16));
-        }
-        _mm512_mask_storeu_epi16(out + col, lanes, (__m512i)_mm512_cvtne2ps_pbh(v1, v0));
+        return (__m512i)_mm512_cvtne2ps_pbh(v1, v0);
     }
 };
 
-void expand_blocks(const ConstMatrix& y, const float* s, int64_t ranks, const uint16_t* packed, int parts,
-                   const DropoutMask& mask, float scale, const float* gain, const float* offset,
-                   const Matrix& out, int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    const Tiles tiles;
+// `count` columns of up to 32 rows, terms [chunk / 32][2 by rows][2 by columns][16][16]. A row's columns are
+// read before they are written: at a pitch of 4 KB a load waits for an earlier store to the row above, whose
+// low address bits are its own. simple: a whole chunk, and a plain epilogue.
+template <bool simple>
+static void finish_rows(const Epilogue& first, int64_t y_pitch, int64_t out_pitch, int64_t mask_pitch,
+                        int64_t rows, int64_t col, int64_t count, const float (*terms)[256]) {
+    Epilogue row = first;
+    for (int64_t t = 0; t < rows; ++t) {
+        const float* at = terms[t / 16 * 2] + t % 16 * 16;
+        __m512i values[chunk / 32];
+        for (int64_t c = 0; c < chunk && (simple || c < count); c += 32)
+            values[c / 32] = row.value<simple>(col + c, count - c, at + 32 * c, at + 32 * c + 256);
+        for (int64_t c = 0; c < chunk && (simple || c < count); c += 32)
+            if (simple)
+                _mm512_storeu_si512(row.out + col + c, values[c / 32]);
+            else
+                _mm512_mask_storeu_epi16(row.out + col + c, lanes32(count - c), values[c / 32]);
+        if (row.y) row.y += y_pitch;
+        if (row.bits) row.bits += mask_pitch;
+        row.out += out_pitch;
+    }
+}
+
+// Rows [row, row_end) of the columns [col, col_end).
+static void expand_block(const ConstMatrix& y, const float* s, const ConstMatrix& b, bool transposed,
+                         const DropoutMask& mask, float scale, const float* gain, const float* offset,
+                         const Matrix& out, int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
+    static thread_local Scratch strip, rows;
+    const int parts = b.dtype == DType::bf16 ? 1 : 2, s_parts = engine().s_parts;
+    const int64_t ranks = transposed ? b.rows : b.cols;
     const int64_t rank_tiles = sixteens(ranks), per_column = rank_tiles * parts * tile_values;
-    uint16_t* rows0 = (uint16_t*)scratch.floats(rank_tiles * tile_values);
+    uint16_t* packed = (uint16_t*)strip.floats(strip_cols / 16 * per_column / 2);
+    uint16_t* rows0 = (uint16_t*)rows.floats(rank_tiles * tile_values);
     uint16_t* rows1 = rows0 + rank_tiles * tile_values;
-    alignas(64) float terms[4][256];
-    for (int64_t block = begin; block < end; ++block) {
-        const int64_t t0 = block * 32, count = y.rows - t0 < 32 ? y.rows - t0 : 32;
+    alignas(64) float terms[chunk / 8][256];
+    pack_strip(b, transposed, ranks, col, col_end - col, parts, s_parts, packed);
+    for (int64_t t0 = row; t0 < row_end; t0 += 32) {
+        const int64_t count = row_end - t0 < 32 ? row_end - t0 : 32;
+        const Epilogue first{y.data ? (const uint16_t*)y.data + t0 * y.pitch : nullptr,
+                             (uint16_t*)out.data + t0 * out.pitch,
+                             mask.bits ? mask.bits + t0 * mask.pitch : nullptr,
+                             mask.scale,
+                             gain,
+                             offset};
         pack_rows(s + t0 * ranks, ranks, count, scale, rows0);
         pack_rows(s + (t0 + 16) * ranks, ranks, count - 16, scale, rows1);
-        for (int64_t col = 0; col < out.cols; col += 32) {
-            const uint16_t* left = packed + col / 16 * per_column;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int64_t jt = 0; jt < rank_tiles; ++jt) {
-                _tile_loadd(4, rows0 + jt * tile_values, 64);
-                _tile_loadd(5, rows1 + jt * tile_values, 64);
-                for (int p = 0; p < parts; ++p) {
-                    const uint16_t* tile = left + (jt * parts + p) * tile_values;
-                    _tile_loadd(6, tile, 64);
-                    _tile_loadd(7, tile + per_column, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
-            _tile_stored(0, terms[0], 64);
-            _tile_stored(1, terms[1], 64);
-            _tile_stored(2, terms[2], 64);
-            _tile_stored(3, terms[3], 64);
-            for (int64_t t = 0; t < count; ++t) {
-                const Epilogue row{(const uint16_t*)y.data + (t0 + t) * y.pitch,
-                                   (uint16_t*)out.data + (t0 + t) * out.pitch,
-                                   mask.bits ? mask.bits + (t0 + t) * mask.pitch : nullptr,
-                                   mask.scale,
-                                   gain,
-                                   offset};
-                row.write(col, out.cols - col, terms[t / 16 * 2] + t % 16 * 16,
-                          terms[t / 16 * 2 + 1] + t % 16 * 16);
-            }
+        for (int64_t c0 = col; c0 < col_end; c0 += chunk) {
+            const int64_t columns = col_end - c0 < chunk ? col_end - c0 : chunk;
+            for (int64_t c = 0; c < columns; c += 32)
+                engine().expand(rows0, rows1, s_parts, packed + (c0 - col + c) / 16 * per_column, per_column,
+                                rank_tiles, parts, terms + c / 8);
+            const auto finish = columns == chunk && first.plain() ? finish_rows<true> : finish_rows<false>;
+            finish(first, y.pitch, out.pitch, mask.pitch, count, c0, columns, terms);
         }
     }
+}
+
+void expand(const ConstMatrix& y, const float* s, const ConstMatrix& b, bool transposed,
+            const DropoutMask& mask, float scale, const float* gain, const float* offset, const Matrix& out,
+            ParallelFor run) {
+    const int64_t strips = (out.cols + strip_cols - 1) / strip_cols;
+    const int64_t blocks = (out.rows + strip_rows - 1) / strip_rows * strips;
+    const int64_t block_rows = out.rows < strip_rows ? out.rows : strip_rows;
+    parallel(run, blocks, grain(4 * block_rows * strip_cols), [&](int64_t begin, int64_t end) {
+        const Session session(engine());
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / strips * strip_rows, col = i % strips * strip_cols;
+            expand_block(y, s, b, transposed, mask, scale, gain, offset, out, row,
+                         out.rows - row < strip_rows ? out.rows : row + strip_rows, col,
+                         out.cols - col < strip_cols ? out.cols : col + strip_cols);
+        }
+    });
 }
 
 // ---- dora_norm ---------------------------------------------------------------
@@ -347,10 +360,13 @@ void norm_rows(const ConstMatrix& w, const uint16_t* packed, int parts, const fl
     for (int64_t t = 0; t < w.rows; ++t) {
         const uint16_t* row = (const uint16_t*)w.data + t * w.pitch;
         __m512 square = _mm512_setzero_ps();
-        for (int64_t k = 0; k < w.cols; k += 32) {
-            const __mmask32 lanes = w.cols - k >= 32 ? 0xffffffffu : (1u << (w.cols - k)) - 1;
-            const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(lanes, row + k);
-            square = _mm512_dpbf16_ps(square, v, v);
+        for (int64_t k0 = 0; k0 < w.cols; k0 += 256) {  // in blocks: shorter chains of roundings
+            __m512 part = _mm512_setzero_ps();
+            for (int64_t k = k0; k < k0 + 256 && k < w.cols; k += 32) {
+                const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(lanes32(w.cols - k), row + k);
+                part = _mm512_dpbf16_ps(part, v, v);
+            }
+            square = _mm512_add_ps(square, part);
         }
         __m512 cross = _mm512_setzero_ps(), quad = _mm512_setzero_ps();
         for (int64_t j = 0; j < ranks; j += 16) {
@@ -371,18 +387,22 @@ void norm_rows(const ConstMatrix& w, const uint16_t* packed, int parts, const fl
 }
 
 // ---- grad ---------------------------------------------------------------
-// s^T in three parts: packed [steps of 32 rows][rank tiles][3 parts][16 ranks][32 rows]
+// s^T in two or three parts: packed [rank tiles][steps of 32 rows][parts][16 ranks][32 rows]
 
-int64_t grad_factor_bytes(int64_t rows, int64_t ranks) {
-    return 2 * pairs(rows) * sixteens(ranks) * 3 * tile_values;
+int grad_parts(DType out) {
+    return out == DType::bf16 ? engine().s_parts : 3;
 }
 
-void pack_grad_factor(const ConstMatrix& s, float scale, uint16_t* packed) {
+int64_t grad_factor_bytes(int64_t rows, int64_t ranks, int parts) {
+    return 2 * pairs(rows) * sixteens(ranks) * parts * tile_values;
+}
+
+void pack_grad_factor(const ConstMatrix& s, float scale, int parts, uint16_t* packed) {
     const __m512i rows =
         _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                            _mm512_set1_epi32((int)s.pitch));
-    for (int64_t step = 0; step < pairs(s.rows); ++step)
-        for (int64_t jt = 0; jt < sixteens(s.cols); ++jt, packed += 3 * tile_values) {
+    for (int64_t jt = 0; jt < sixteens(s.cols); ++jt)
+        for (int64_t step = 0; step < pairs(s.rows); ++step, packed += parts * tile_values) {
             const float* block = (const float*)s.data + 32 * step * s.pitch + 16 * jt;
             for (int64_t j = 0; j < 16; ++j)
                 for (int64_t k = 0; k < 32; k += 16) {
@@ -390,7 +410,7 @@ void pack_grad_factor(const ConstMatrix& s, float scale, uint16_t* packed) {
                     __m512 value = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, rows,
                                                             block + k * s.pitch + j, 4);
                     value = _mm512_mul_ps(value, _mm512_set1_ps(scale));
-                    for (int p = 0; p < 3; ++p)
+                    for (int p = 0; p < parts; ++p)
                         _mm256_storeu_si256((__m256i*)(packed + p * tile_values + 32 * j + k),
                                             next_part(value));
                 }
@@ -402,8 +422,7 @@ void pack_grad_factor(const ConstMatrix& s, float scale, uint16_t* packed) {
 static void interleave(const ConstMatrix& x, int64_t t0, int64_t col, const DropoutMask& mask,
                        uint16_t* tiles) {
     const int64_t count = x.cols - col < 64 ? x.cols - col : 64;
-    const __mmask32 low = count >= 32 ? 0xffffffffu : (1u << count) - 1;
-    const __mmask32 high = count >= 64 ? 0xffffffffu : count > 32 ? (1u << (count - 32)) - 1 : 0;
+    const __mmask32 low = lanes32(count), high = lanes32(count - 32);
     // From two rows a, b: 16-bit lanes a0 b0 a1 b1 ..; lanes 32 and up choose the second row.
     static const struct Index {
         alignas(64) uint16_t lower[32], upper[32];
@@ -438,58 +457,70 @@ static void interleave(const ConstMatrix& x, int64_t t0, int64_t col, const Drop
     }
 }
 
-void grad_blocks(const ConstMatrix& x, const uint16_t* packed, int64_t ranks, const DropoutMask& mask,
-                 const Matrix& out, int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    const Tiles tiles;
-    const int64_t rank_tiles = sixteens(ranks), steps = pairs(x.rows);
-    alignas(64) uint16_t columns[4 * tile_values];
-    float* sums = scratch.floats(rank_tiles * 1024);
-    for (int64_t block = begin; block < end; ++block) {
-        const int64_t col = block * 64, count = x.cols - col < 64 ? x.cols - col : 64;
-        std::memset(sums, 0, rank_tiles * 4096);
-        for (int64_t step = 0; step < steps; ++step) {
-            interleave(x, step * 32, col, mask, columns);
-            for (int64_t jt = 0; jt < rank_tiles; ++jt) {
-                const uint16_t* factor = packed + (step * rank_tiles + jt) * 3 * tile_values;
-                float* sum = sums + jt * 1024;
-                _tile_loadd(0, sum, 64);
-                _tile_loadd(1, sum + 256, 64);
-                _tile_loadd(2, sum + 512, 64);
-                _tile_loadd(3, sum + 768, 64);
-                for (int p = 0; p < 3; ++p) {
-                    _tile_loadd(4, factor + p * tile_values, 64);
-                    _tile_loadd(5, columns, 64);
-                    _tile_dpbf16ps(0, 4, 5);
-                    _tile_loadd(6, columns + tile_values, 64);
-                    _tile_dpbf16ps(1, 4, 6);
-                    _tile_loadd(7, columns + 2 * tile_values, 64);
-                    _tile_dpbf16ps(2, 4, 7);
-                    _tile_loadd(5, columns + 3 * tile_values, 64);
-                    _tile_dpbf16ps(3, 4, 5);
-                }
-                _tile_stored(0, sum, 64);
-                _tile_stored(1, sum + 256, 64);
-                _tile_stored(2, sum + 512, 64);
-                _tile_stored(3, sum + 768, 64);
-            }
-        }
-        for (int64_t j = 0; j < ranks; ++j) {
-            float* to = (float*)out.data + j * out.pitch + col;
-            const float* from = sums + j / 16 * 1024 + j % 16 * 16;
-            for (int64_t c = 0; c < count; ++c) to[c] = from[c / 16 * 256 + c % 16];
-        }
+// 16 sums in the gradient's dtype.
+static inline void write_lanes(const Matrix& out, int64_t at, __mmask16 lanes, __m512 value) {
+    if (out.dtype == DType::f32)
+        _mm512_mask_storeu_ps((float*)out.data + at, lanes, value);
+    else if (out.dtype == DType::bf16)
+        _mm256_mask_storeu_epi16((uint16_t*)out.data + at, lanes, (__m256i)_mm512_cvtneps_pbh(value));
+    else
+        _mm256_mask_storeu_epi16((uint16_t*)out.data + at, lanes,
+                                 _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// One rank tile's four tiles of sums, columns [col, col + count), to where the gradient lies.
+static void write_grad(const float* sums, int64_t rank, int64_t ranks, bool transposed, const Matrix& out,
+                       int64_t col, int64_t count) {
+    if (!transposed) {
+        for (int64_t j = 0; j < 16 && rank + j < ranks; ++j)
+            for (int64_t c = 0; c < count; c += 16)
+                write_lanes(out, (rank + j) * out.pitch + col + c, lanes_of(count - c),
+                            _mm512_load_ps(sums + c * 16 + j * 16));
+        return;
+    }
+    for (int64_t c = 0; c < count; c += 16) {
+        __m512i rows[16];
+        for (int j = 0; j < 16; ++j) rows[j] = _mm512_load_si512(sums + c * 16 + 16 * j);
+        transpose(rows);
+        for (int64_t i = 0; i < 16 && c + i < count; ++i)
+            write_lanes(out, (col + c + i) * out.pitch + rank, lanes_of(ranks - rank), (__m512)rows[i]);
     }
 }
 
-}  // namespace fastlora::amx
-#pragma GCC pop_options
-#else
-namespace fastlora::amx {
-
-bool available() {
-    return false;
+void grad_blocks(const ConstMatrix& x, const uint16_t* packed, int parts, int64_t ranks,
+                 const DropoutMask& mask, bool transposed, const Matrix& out, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const Session session(engine());
+    // A tile load waits for stores to the same lines to leave the store buffer: so interleave several steps,
+    // then multiply them.
+    constexpr int64_t ahead = 2, groups = grad_columns / 64, group_tiles = 4 * tile_values;
+    alignas(64) uint16_t columns[groups * ahead * group_tiles];
+    const int64_t rank_tiles = sixteens(ranks), steps = pairs(x.rows);
+    float* sums = scratch.floats(groups * rank_tiles * 1024);
+    for (int64_t block = begin; block < end; ++block) {
+        const int64_t col = block * grad_columns;
+        const int64_t count = x.cols - col < grad_columns ? x.cols - col : grad_columns;
+        std::memset(sums, 0, groups * rank_tiles * 4096);
+        for (int64_t step = 0; step < steps; step += ahead) {
+            const int64_t now = steps - step < ahead ? steps - step : ahead;
+            for (int64_t i = 0; i < now; ++i)
+                for (int64_t g = 0; 64 * g < count; ++g)
+                    interleave(x, (step + i) * 32, col + 64 * g, mask,
+                               columns + (g * ahead + i) * group_tiles);
+            for (int64_t jt = 0; jt < rank_tiles; ++jt) {
+                const uint16_t* factor = packed + (jt * steps + step) * parts * tile_values;
+                for (int64_t g = 0; 64 * g < count; ++g)
+                    engine().grad(factor, columns + g * ahead * group_tiles, now, parts,
+                                  sums + (g * rank_tiles + jt) * 1024);
+            }
+        }
+        for (int64_t g = 0; 64 * g < count; ++g)
+            for (int64_t jt = 0; jt < rank_tiles; ++jt)
+                write_grad(sums + (g * rank_tiles + jt) * 1024, 16 * jt, ranks, transposed, out, col + 64 * g,
+                           count - 64 * g < 64 ? count - 64 * g : 64);
+    }
 }
 
-}  // namespace fastlora::amx
+}  // namespace fastlora::tiles
+#pragma GCC pop_options
 #endif
