@@ -8,10 +8,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from accuracy import DEVICE, bitsandbytes
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pyfastlora.fused.projections import Projection
+from pyfastlora.weights import FrozenWeight
 from pyfastlora.weights.bnb_4bit import Bnb4bitWeight
+from pyfastlora.weights.bnb_8bit import Bnb8bitWeight
 from pyfastlora.weights.dense import DenseWeight
 
 
@@ -47,13 +51,16 @@ FEATURES = [
     Features(dora=True, dropout=0.1, base_bias=True, train_base_bias=True),
 ]
 
+#: A few of them, for formats of the base weight that differ in nothing else.
+SOME_FEATURES = [FEATURES[i] for i in (0, 4, 5, 8, 9)]
+
 
 def peft_layer(
     features: Features,
     dtype: torch.dtype,
     adapter_dtype: torch.dtype | None = None,
     *,
-    four_bit: bool = False,
+    kind: str = "dense",
     inner: int = 128,
     outer: int = 192,
     seed: int = 0,
@@ -62,10 +69,9 @@ def peft_layer(
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    base = nn.Sequential(nn.Linear(inner, outer, bias=features.base_bias).to(dtype))
-    if four_bit:
-        base[0] = quantised(base[0], dtype)
-        base.is_loaded_in_4bit = True
+    linear = nn.Linear(inner, outer, bias=features.base_bias or kind == "conv1d").to(dtype)
+    base = nn.Sequential({"dense": as_it_is, "conv1d": conv1d, "nf4": nf4, "int8": int8}[kind](linear))
+    base.is_loaded_in_4bit, base.is_loaded_in_8bit = kind == "nf4", kind == "int8"
     config = LoraConfig(
         r=features.rank,
         lora_alpha=2 * features.rank,
@@ -73,9 +79,12 @@ def peft_layer(
         use_dora=features.dora,
         use_rslora=features.rslora,
         lora_bias=features.lora_bias,
+        fan_in_fan_out=kind == "conv1d",
         target_modules=["0"],
     )
     layer = get_peft_model(base, config).base_model.model[0]
+    if kind == "int8":
+        layer.base_layer.init_8bit_state()  # as the first forward does
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if "lora_A" in name or "lora_B" in name:
@@ -90,10 +99,31 @@ def peft_layer(
     return layer.train()
 
 
-def quantised(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """The linear as bitsandbytes' NF4 with double quantisation."""
-    import bitsandbytes as bnb
+def as_it_is(linear: nn.Linear) -> nn.Module:
+    return linear
 
+
+def conv1d(linear: nn.Linear) -> nn.Module:
+    """The linear as GPT-2's layer, which stores W transposed and always has a bias."""
+    layer = Conv1D(linear.out_features, linear.in_features).to(linear.weight.dtype)
+    layer.weight.data, layer.bias.data = linear.weight.data.t().contiguous(), linear.bias.data.clone()
+    return layer
+
+
+def int8(linear: nn.Linear) -> nn.Module:
+    """The linear as bitsandbytes' LLM.int8, which keeps columns of x apart that pass the threshold."""
+    bnb = bitsandbytes()
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias
+    layer = bnb.nn.Linear8bitLt(*sizes, bias=bias is not None, has_fp16_weights=False, threshold=3.0)
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.data.clone(), requires_grad=False)
+    return layer.to(DEVICE)
+
+
+def nf4(linear: nn.Linear) -> nn.Module:
+    """The linear as bitsandbytes' NF4 with double quantisation."""
+    bnb, dtype = bitsandbytes(), linear.weight.dtype
     layer = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -108,13 +138,13 @@ def quantised(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
     layer.support_avx512bf16_for_cpu = False  # its evaluation kernel repacks the weight in place
-    return layer.to("cpu")
+    return layer.to(DEVICE)
 
 
 def in_float64(layer: nn.Module) -> nn.Module:
     """The same PEFT layer in float64, on the dense values of the base weight."""
     base = layer.base_layer
-    dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, dtype=torch.float64)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=base.bias is not None, dtype=torch.float64)
     with torch.no_grad():
         dense.weight.copy_(dense_weight(layer))
         if base.bias is not None:
@@ -125,7 +155,10 @@ def in_float64(layer: nn.Module) -> nn.Module:
     from peft.tuners.lora import Linear
 
     twin = deepcopy(layer)
-    if not isinstance(twin, Linear):  # a 4-bit layer: PEFT's dense layer with the same adapters
+    twin.fan_in_fan_out = False
+    for magnitude in twin.lora_magnitude_vector.values():
+        magnitude.fan_in_fan_out = False
+    if not isinstance(twin, Linear):  # a quantised layer: PEFT's dense layer with the same adapters
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
@@ -148,17 +181,22 @@ def in_float64(layer: nn.Module) -> nn.Module:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    weight = layer.base_layer.weight
+    base, weight = layer.base_layer, layer.base_layer.weight
+    if weight.dtype == torch.int8:
+        return base.state.CB.double() * base.state.SCB.double()[:, None] / 127
     if getattr(weight, "quant_state", None) is None:
-        return weight.data
-    out = torch.empty(tuple(weight.quant_state.shape), dtype=layer.base_layer.compute_dtype)
+        return weight.data.t() if layer.fan_in_fan_out else weight.data
+    shape, dtype = tuple(weight.quant_state.shape), base.compute_dtype
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
     return frozen(layer).dequantize(out)
 
 
-def frozen(layer: nn.Module) -> DenseWeight | Bnb4bitWeight:
+def frozen(layer: nn.Module) -> FrozenWeight:
     base = layer.base_layer
+    if base.weight.dtype == torch.int8:
+        return Bnb8bitWeight.of(base.weight, base.state, base.training)
     if getattr(base.weight, "quant_state", None) is None:
-        return DenseWeight(base.weight)
+        return DenseWeight(base.weight, layer.fan_in_fan_out)
     return Bnb4bitWeight.of(base.weight, base.weight.quant_state, base.compute_dtype)
 
 

@@ -10,9 +10,8 @@ magnitude):
 Backward, with S = D(x) A^T, G = dy^T S, u the base product that g multiplies (x W^T, or D(x) W^T under
 dropout), and the norm a constant as in PEFT:
 
-    dB = s g G                 dS = s dy (g B)            dA = dS^T D(x)          db = sum dy,  db_B = s sum
-    dy dm = (sum_t dy u + s <B, G>) / norm                   dx = (g dy) W + D(dS A), summed over the
-    projections
+    dB = s g G        dS = s dy (g B)        dA = dS^T D(x)        db = sum dy        db_B = s sum dy
+    dm = (sum_t dy u + s <B, G>) / norm      dx = (g dy) W + D(dS A), summed over the projections
 
 The rank-r products and every sum are float32 (float64 for float64 inputs), rounded once where they meet an
 output: at least as exact as PEFT's. Saved: x itself (shared with the caller), S [T, r] float32, the dropout
@@ -23,7 +22,7 @@ et al. 2024, and for each rounding and cast peft/tuners/lora/{layer,bnb,dora,var
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +30,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyfastlora.fused import extension
 from pyfastlora.ops import (
     DropoutMask,
     dora_grad,
     dropout_apply,
     dropout_mask,
+    lora_backward,
     lora_expand,
     lora_grad,
+    lora_grad_many,
     lora_shrink,
     lora_shrink_many,
 )
 from pyfastlora.ops._registry import requests, requests_in_force
-from pyfastlora.ops._shapes import rows_of
+from pyfastlora.ops._shapes import rows_of, stack
 from pyfastlora.weights import FrozenWeight
 
 
@@ -64,6 +66,20 @@ class Projection:
     dropout: float = 0.0
     magnitude: Tensor | None = None
 
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """What may take a gradient."""
+        return self.bias, self.lora_A, self.lora_B, self.lora_bias, self.magnitude
+
+    def is_same(self, other: Projection) -> bool:
+        """Whether `other` is made of the same tensors in the same way."""
+        return (
+            (self.scaling, self.dropout, self.weight.settings)
+            == (other.scaling, other.dropout, other.weight.settings)
+            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
+            and _is_same_memory(self.weight.tensors[0], other.weight.tensors[0])
+        )
+
 
 def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """The outputs [..., O_i] of `projections` for x [..., I], with one node in the graph.
@@ -72,47 +88,54 @@ def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tens
     masks are drawn in the order of `projections` from torch's default generator. Raises ValueError for
     tensors that do not fit.
     """
-    tensors: list[Tensor | None] = []
     for projection in projections:
-        _check(x, projection)
-        tensors += _trainable(projection)
+        check("fused_projections", "x", x.shape, projection)
+    tensors = [t for projection in projections for t in projection.parameters]
     return list(_FusedProjections.apply(x, tuple(projections), *tensors))
 
 
 PER_PROJECTION = 5
+# Where the adapter's part is written first and the base product added to it (beta = 1): 2 T O bytes and a
+# read that hides behind the GEMM, for the 4 T O of adding it in place, and the small term is rounded before
+# the large one. On a CPU oneDNN's beta = 1 costs what our pass does: 2.01 ms against 1.98, T = 512, 2048 x
+# 2048, bfloat16, Xeon.
+EXPAND_FIRST = {"cuda"}
 
 
-def _trainable(p: Projection) -> tuple[Tensor | None, ...]:
-    return p.bias, p.lora_A, p.lora_B, p.lora_bias, p.magnitude
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    # Packed weights are read through a new view each time; a graph that is traced has no addresses.
+    return a is b or torch.compiler.is_compiling() or a.data_ptr() == b.data_ptr()
 
 
-def _check(x: Tensor, p: Projection) -> None:
+def check(op: str, name: str, shape: Sequence[int], p: Projection) -> None:
+    """Raise ValueError unless p's tensors fit one another and an input called `name` of this shape."""
     outer, inner = p.weight.shape
-    if x.dim() == 0 or x.shape[-1] != inner:
+    if not shape or shape[-1] != inner:
         raise ValueError(
-            f"fused_projections: x must end in {inner} columns for W {[outer, inner]}; got {list(x.shape)}"
+            f"{op}: {name} must end in {inner} columns for W {[outer, inner]}; got {list(shape)}"
         )
     if (p.lora_A is None) != (p.lora_B is None):
-        raise ValueError("fused_projections: lora_A and lora_B come together; one of them is missing")
+        raise ValueError(f"{op}: lora_A and lora_B come together; one of them is missing")
     if p.lora_A is None or p.lora_B is None:
         if p.magnitude is not None or p.lora_bias is not None:
-            raise ValueError("fused_projections: magnitude and lora_bias need lora_A and lora_B")
+            raise ValueError(f"{op}: magnitude and lora_bias need lora_A and lora_B")
         return
     ranks = p.lora_A.shape[0]
     if tuple(p.lora_A.shape) != (ranks, inner) or tuple(p.lora_B.shape) != (outer, ranks):
         raise ValueError(
-            f"fused_projections: lora_A [r, I] and lora_B [O, r] must fit W {[outer, inner]}; "
+            f"{op}: lora_A [r, I] and lora_B [O, r] must fit W {[outer, inner]}; "
             f"got {list(p.lora_A.shape)} and {list(p.lora_B.shape)}"
         )
     if p.magnitude is not None and p.lora_bias is not None:
-        raise ValueError("fused_projections: DoRA with a bias on lora_B is not a formula of PEFT's forward")
+        raise ValueError(f"{op}: DoRA with a bias on lora_B is not a formula of PEFT's forward")
 
 
 @dataclass(slots=True)
-class _Kept:
+class Kept:
     """What one projection keeps from forward to backward. Tensors leave it for `save_for_backward`."""
 
     compute: torch.dtype  # the base product's
+    gradient: torch.dtype  # of dx's product
     wide: torch.dtype | None = None  # DoRA with dropout: of the second base product
     s: Tensor | None = None  # S = D(x) A^T [T, r]
     mask: DropoutMask | None = None
@@ -125,49 +148,103 @@ class _FusedProjections(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: tuple[Projection, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        rows = rows_of(x)
-        with _no_autocast(x) as cast:
-            kept = [_Kept(cast or p.weight.compute_dtype(x)) for p in projections]
-            for p, k in zip(projections, kept, strict=True):
-                if p.lora_A is not None and p.dropout > 0:
-                    k.mask = dropout_mask(x, p.dropout)
-            _shrink(rows, projections, kept)
-            outputs = [_forward(rows, x, p, k) for p, k in zip(projections, kept, strict=True)]
-        saved: list[Tensor | None] = [x, *tensors]
-        for p, k in zip(projections, kept, strict=True):
-            saved += [k.s, k.mask.bits if k.mask else None, k.base, k.norm, *p.weight.tensors]
-        ctx.save_for_backward(*saved)
-        ctx.projections = projections
-        ctx.plan = [(k.compute, k.wide, k.mask.scale if k.mask else 1.0) for k in kept]
-        ctx.requests = requests_in_force()
-        ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in outputs)
+        with no_autocast(x) as cast:
+            outputs, kept = run_forward(x, projections, cast)
+        save(ctx, [to_keep(ctx, x, projections)], tensors, projections, kept)
+        return tuple(output_like(x, y) for y in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, *saved = ctx.saved_tensors
-        projections, kept, count = [], [], PER_PROJECTION * len(ctx.projections)
-        tensors, rest = saved[:count], saved[count:]
-        for i, (p, (compute, wide, scale)) in enumerate(zip(ctx.projections, ctx.plan, strict=True)):
-            bias, a, b, lora_bias, magnitude = tensors[PER_PROJECTION * i : PER_PROJECTION * (i + 1)]
-            (s, bits, base, norm), rest = rest[:4], rest[4:]
-            held, rest = rest[: len(p.weight.tensors)], rest[len(p.weight.tensors) :]
-            weight = p.weight.rebuild(tuple(held))
-            projections.append(Projection(weight, bias, a, b, lora_bias, p.scaling, p.dropout, magnitude))
-            mask = None if bits is None else DropoutMask(bits, scale)
-            kept.append(_Kept(compute, wide, s, mask, base, norm))
-        with _no_autocast(x), requests(ctx.requests):
-            return _backward(x, projections, kept, grads, ctx.needs_input_grad)
+        (x,), projections, kept = restore(ctx, 1)
+        x = as_kept(ctx, x)
+        wants_x, _, *wanted = ctx.needs_input_grad
+        with no_autocast(x), obeying(ctx.requests):
+            dx, found = run_backward(x, projections, kept, grads, wants_x, wanted)
+        if not torch.compiler.is_compiling():  # patching/groups.py asks whether it can be run back again
+            ctx.run_back = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return (dx, None, *found)
+
+
+# ---- from forward to backward
+# ----------------------------------------------------------------------------------------
+
+
+def to_keep(ctx: Any, x: Tensor, projections: Sequence[Projection]) -> Tensor | None:
+    """x, if the gradient of an A will want it: without, a caller may write to it, as after PEFT's forward."""
+    ctx.x_shape, ctx.x_dtype, ctx.x_device = x.shape, x.dtype, x.device
+    return x if any(p.lora_A is not None and p.lora_A.requires_grad for p in projections) else None
+
+
+def as_kept(ctx: Any, x: Tensor | None) -> Tensor:
+    """x, or what has its shape, dtype and device and no values."""
+    return torch.empty((), dtype=ctx.x_dtype, device=ctx.x_device).expand(ctx.x_shape) if x is None else x
+
+
+def save(
+    ctx: Any,
+    others: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    projections: tuple[Projection, ...],
+    kept: Sequence[Kept],
+) -> None:
+    """Give the node what `restore` takes out again; `tensors` are the projections' parameters."""
+    saved = [*others, *tensors]
+    for p, k in zip(projections, kept, strict=True):
+        saved += [k.s, k.mask.bits if k.mask else None, k.base, k.norm, *p.weight.tensors]
+    ctx.save_for_backward(*saved)
+    ctx.projections = projections
+    ctx.plan = [(k.compute, k.gradient, k.wide, k.mask.scale if k.mask else 1.0) for k in kept]
+    ctx.requests = requests_in_force()
+    ctx.set_materialize_grads(False)
+
+
+def restore(ctx: Any, others: int) -> tuple[list[Any], list[Projection], list[Kept]]:
+    """The `others` first tensors, the projections around the tensors that came back, and what they kept."""
+    saved = list(ctx.saved_tensors)
+    count = others + PER_PROJECTION * len(ctx.projections)
+    first, tensors, rest = saved[:others], saved[others:count], saved[count:]
+    projections, kept = [], []
+    for i, (p, (compute, gradient, wide, scale)) in enumerate(zip(ctx.projections, ctx.plan, strict=True)):
+        bias, a, b, lora_bias, magnitude = tensors[PER_PROJECTION * i : PER_PROJECTION * (i + 1)]
+        (s, bits, base, norm), rest = rest[:4], rest[4:]
+        held, rest = rest[: len(p.weight.tensors)], rest[len(p.weight.tensors) :]
+        weight = p.weight.rebuild(tuple(held))
+        projections.append(Projection(weight, bias, a, b, lora_bias, p.scaling, p.dropout, magnitude))
+        mask = None if bits is None else DropoutMask(bits, scale)
+        kept.append(Kept(compute, gradient, wide, s, mask, base, norm))
+    return first, projections, kept
 
 
 # ---- forward
 # --------------------------------------------------------------------------------------------------------
 
 
-def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[_Kept]) -> None:
+def run_forward(
+    x: Tensor, projections: Sequence[Projection], cast: torch.dtype | None
+) -> tuple[list[Tensor], list[Kept]]:
+    """The outputs [T, O_i], and what their backward needs. `cast`: autocast's dtype, which is off by now."""
+    rows = rows_of(x)
+    dtypes = [p.weight.compute_dtype(x, cast) for p in projections]
+    kept = [Kept(c, p.weight.gradient_dtype(x, c)) for p, c in zip(projections, dtypes, strict=True)]
+    for p, k in zip(projections, kept, strict=True):
+        if p.lora_A is not None and p.dropout > 0:
+            k.mask = dropout_mask(x, p.dropout, p.lora_A.dtype)  # PEFT casts x first
+    _shrink(rows, projections, kept)
+    return [_forward(rows, x, p, k) for p, k in zip(projections, kept, strict=True)], kept
+
+
+def output_like(x: Tensor, y: Tensor) -> Tensor:
+    """y [T, O] in x's leading dimensions. No view: autograd lets nobody write into one that a Function made.
+
+    PEFT's output can be written to: Llama 4 adds its routed experts to what its shared expert returned.
+    """
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+
+
+def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -> None:
     """Fill `s` of every adapted projection; those without a mask share one pass over x."""
-    plain: list[_Kept] = []
+    plain: list[Kept] = []
     factors: list[Tensor] = []
     for p, k in zip(projections, kept, strict=True):
         if p.lora_A is None:
@@ -182,10 +259,18 @@ def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[_Kept]) 
             k.s = s
 
 
-def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
+def _forward(rows: Tensor, x: Tensor, p: Projection, k: Kept) -> Tensor:
     """y [T, O]; fills `base`, `norm` and `wide`."""
-    y = p.weight.linear(rows.to(k.compute))
+    cast = rows.to(k.compute)
     dtype = p.weight.output_dtype(x, k.compute)
+    if (y := _forward_extended(cast, p, k)) is not None:
+        return y.to(dtype)
+    first = rows.device.type in EXPAND_FIRST and dtype == k.compute and p.magnitude is None
+    if first and p.lora_B is not None and k.s is not None:
+        y = cast.new_empty(cast.shape[0], p.lora_B.shape[0])
+        lora_expand(None, k.s, p.lora_B, scale=p.scaling, offset=_offset(p, k.s.dtype), out=y)
+        return p.weight.linear(cast, onto=y)
+    y = p.weight.linear(cast)
     if y.dtype != dtype:
         y = y.to(dtype)
     if p.lora_A is None or p.lora_B is None or k.s is None:
@@ -193,12 +278,10 @@ def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
     if p.magnitude is None:
         return lora_expand(y, k.s, p.lora_B, scale=p.scaling, offset=_offset(p, k.s.dtype))
     k.norm = p.weight.norm(p.lora_A, p.lora_B, p.scaling)
-    gain = p.magnitude.to(k.norm.dtype) / k.norm
     if k.mask is None:
         k.base = y  # kept without the adapter's part: <B, G> gives that exactly, and y has one rounding less
-        return lora_expand(
-            y, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=torch.empty_like(y)
-        )
+        return scaled(p, k)
+    gain = p.magnitude.to(k.norm.dtype) / k.norm
     # PEFT's second product runs in the dtype of its dropped-out copy of x: the adapter's, unless autocast is
     # on.
     k.wide = (
@@ -210,119 +293,231 @@ def _forward(rows: Tensor, x: Tensor, p: Projection, k: _Kept) -> Tensor:
     return lora_expand(total, k.s, p.lora_B * gain[:, None], scale=p.scaling, offset=p.bias).to(y.dtype)
 
 
+def scaled(p: Projection, k: Kept) -> Tensor:
+    """y [T, O] of DoRA without dropout, out of what it keeps."""
+    assert p.lora_B is not None and p.magnitude is not None
+    assert k.base is not None and k.s is not None and k.norm is not None
+    gain, out = p.magnitude.to(k.norm.dtype) / k.norm, torch.empty_like(k.base)
+    return lora_expand(k.base, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=out)
+
+
+def _forward_extended(rows: Tensor, p: Projection, k: Kept) -> Tensor | None:
+    """y with the adapter inside the base GEMM, where the formula allows and the bytes speak for it."""
+    if k.s is None or p.lora_B is None or not (p.magnitude is p.bias is p.lora_bias is None):
+        return None
+    if not extension.pays(rows, p.lora_B.shape[0], k.s, p.lora_B) or not p.weight.has_room(rows):
+        return None
+    copy = p.weight.copy_with_room(rows, gradient=False)
+    return extension.linear(copy, rows, k.s, p.lora_B, p.scaling)
+
+
 def _offset(p: Projection, wide: torch.dtype) -> Tensor | None:
     """b + s b_B in float32 or wider: what is added after the adapter."""
     if p.lora_bias is None:
         return p.bias
-    scaled = p.lora_bias.to(wide) * p.scaling
-    return scaled if p.bias is None else scaled + p.bias.to(wide)
+    added = p.lora_bias.to(wide) * p.scaling
+    return added if p.bias is None else added + p.bias.to(wide)
 
 
 # ---- backward
 # -------------------------------------------------------------------------------------------------------
 
 
-def _backward(
+def run_backward(
     x: Tensor,
-    projections: list[Projection],
-    kept: list[_Kept],
+    projections: Sequence[Projection],
+    kept: Sequence[Kept],
     grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Any, ...]:
-    rows = rows_of(x)
-    dx: Tensor | None = None
+    wants_x: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dx, and the gradients of the projections' parameters: those that are wanted."""
     out: list[Tensor | None] = []
-    low_rank: list[
-        tuple[Tensor, Tensor, DropoutMask | None]
-    ] = []  # (dS, A, mask): dx's low-rank part, added last
+    parts: list[Part] = []
+    places: list[int] = []  # of the gradients of their A
     for i, (p, k, grad) in enumerate(zip(projections, kept, grads, strict=True)):
-        wanted = needs[2 + PER_PROJECTION * i : 2 + PER_PROJECTION * (i + 1)]
         if grad is None:
             out += [None] * PER_PROJECTION
             continue
-        dy = rows_of(grad)
-        dx, ds, own = _backward_one(rows, dy, p, k, wanted, needs[0], dx)
-        out += own
-        if ds is not None and p.lora_A is not None and needs[0]:
-            low_rank.append((ds, p.lora_A, k.mask))
-    if needs[0] and dx is not None:
-        dx = dx.to(torch.promote_types(dx.dtype, x.dtype))  # the wider one until everything is in
-        for ds, a, mask in low_rank:
-            lora_expand(dx, ds, a, transposed=True, mask=mask)
-        dx = dx.to(x.dtype).view(x.shape)
-    return (dx if needs[0] else None, None, *out)
+        part = Part(p, k, rows_of(grad), wanted[PER_PROJECTION * i : PER_PROJECTION * (i + 1)])
+        out += outer_grads(part, wants_x)
+        parts.append(part)
+        places.append(PER_PROJECTION * i + 1)
+    for place, grad in zip(places, inner_grads(parts, x), strict=True):
+        out[place] = grad
+    dx = input_grad(parts, x.shape[-1], x.dtype).view(x.shape) if wants_x and parts else None
+    return dx, out
 
 
-def _backward_one(
-    rows: Tensor,
-    dy: Tensor,
-    p: Projection,
-    k: _Kept,
-    wanted: Sequence[bool],
-    wants_dx: bool,
-    dx: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """(dx with this projection's base part added, dS, gradients of bias, A, B, b_B, m)."""
-    wants_bias, wants_a, wants_b, wants_lora_bias, wants_m = wanted
+@dataclass(slots=True)
+class Part:
+    """One projection on its way back; `outer_grads` fills in what dA and dx need too."""
+
+    p: Projection
+    k: Kept
+    dy: Tensor
+    wanted: Sequence[bool]  # which gradients, in the order of `Projection.parameters`
+    dz: Tensor | None = None  # DoRA: g dy, of the product that g multiplies
+    ds: Tensor | None = None  # dS
+
+
+def outer_grads(part: Part, wants_dx: bool) -> list[Tensor | None]:
+    """The gradients of bias, A, B, b_B and m, without A's: they need dy and nothing of the input."""
+    wants_bias, wants_a, wants_b, wants_lora_bias, wants_m = part.wanted
+    p, k, dy = part.p, part.k, part.dy
     gain = None if p.magnitude is None or k.norm is None else p.magnitude.to(k.norm.dtype) / k.norm
-    d_a = d_b = ds = d_m = None
-    dz, dgain = dy, None
+    d_b = d_m = d_bias = d_lora_bias = dgain = None
     if gain is not None and k.base is not None:
         factor = gain if k.mask is None else gain - 1
-        dz, dgain = dora_grad(dy.to(k.base.dtype), k.base, factor)
+        part.dz, dgain = dora_grad(dy.to(k.base.dtype), k.base, factor)
     if k.s is not None and p.lora_A is not None and p.lora_B is not None:
-        if wants_b or wants_m:
-            g = lora_grad(k.s, dy).t()  # [O, r]
-            if wants_b:
-                d_b = (g * p.scaling if gain is None else g * (gain * p.scaling)[:, None]).to(p.lora_B.dtype)
-            if wants_m and p.magnitude is not None and dgain is not None and k.norm is not None:
-                adapter = p.scaling * (p.lora_B.to(g.dtype) * g).sum(1)
-                d_m = ((dgain + adapter) / k.norm).to(p.magnitude.dtype)
-        if wants_a or wants_dx:
-            factor_b = p.lora_B if gain is None else p.lora_B * gain[:, None]
-            ds = lora_shrink(dy, factor_b, transposed=True, scale=p.scaling)
-            if wants_a:
-                d_a = lora_grad(ds, rows, mask=k.mask).to(p.lora_A.dtype)
-    if wants_dx:
-        dx = _add_base_grad(dy, dz, p, k, dx)
-    total = (
-        dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
-        if wants_bias or wants_lora_bias
-        else None
-    )
-    d_bias = total.to(p.bias.dtype) if wants_bias and total is not None and p.bias is not None else None
-    d_lora_bias = (
-        (total * p.scaling).to(p.lora_bias.dtype)
-        if wants_lora_bias and total is not None and p.lora_bias is not None
-        else None
-    )
-    return dx, ds, [d_bias, d_a, d_b, d_lora_bias, d_m]
+        factor_b = p.lora_B if gain is None else p.lora_B * gain[:, None]
+        g = None  # s G [O, r]
+        if (wants_a or wants_dx) and (wants_b or wants_m):
+            part.ds, g = lora_backward(dy, factor_b, k.s, scale=p.scaling)
+        elif wants_a or wants_dx:
+            part.ds = lora_shrink(dy, factor_b, transposed=True, scale=p.scaling)
+        elif wants_b or wants_m:
+            g = lora_grad(k.s, dy, scale=p.scaling, transposed=True, dtype=factor_b.dtype)
+        if wants_b and g is not None:
+            d_b = g if gain is None else (g * gain[:, None]).to(p.lora_B.dtype)
+        if wants_m and g is not None and p.magnitude is not None and dgain is not None and k.norm is not None:
+            d_m = ((dgain + (p.lora_B.to(g.dtype) * g).sum(1)) / k.norm).to(p.magnitude.dtype)
+    if wants_bias or wants_lora_bias:
+        total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+        if wants_bias and p.bias is not None:
+            d_bias = total.to(p.bias.dtype)
+        if wants_lora_bias and p.lora_bias is not None:
+            d_lora_bias = (total * p.scaling).to(p.lora_bias.dtype)
+    return [d_bias, None, d_b, d_lora_bias, d_m]
 
 
-def _add_base_grad(dy: Tensor, dz: Tensor, p: Projection, k: _Kept, dx: Tensor | None) -> Tensor:
-    """dx plus the gradient through W: dz W; under DoRA's dropout dy W + D(dz W)."""
+def inner_grads(parts: Sequence[Part], x: Tensor) -> list[Tensor | None]:
+    """The gradients of A, where they are wanted; those without a mask share one pass over x."""
+    out: list[Tensor | None] = [None] * len(parts)
+    wanted = [
+        (i, part.ds, part.p.lora_A.dtype, part.k.mask)
+        for i, part in enumerate(parts)
+        if part.wanted[1] and part.ds is not None and part.p.lora_A is not None
+    ]
+    if not wanted:
+        return out
+    rows = rows_of(x)
+    for i, ds, dtype, mask in wanted:
+        if mask is not None:
+            out[i] = lora_grad(ds, rows, mask=mask, dtype=dtype)
+    if plain := [(i, ds, dtype) for i, ds, dtype, mask in wanted if mask is None]:
+        places, factors, dtypes = zip(*plain, strict=True)
+        for i, grad in zip(places, lora_grad_many(factors, rows, dtypes), strict=True):
+            out[i] = grad
+    return out
+
+
+def input_grad(parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tensor:
+    """dx [T, I] in x's dtype: the sum over the projections of (g dy) W + D(dS A).
+
+    The adapters' terms come first, small as they are, and the base products are added to them (beta = 1):
+    of three siblings in bfloat16 that rounds 6 units of a base product's last place in all, base products
+    first 17, PEFT 14. A single one has no sum, so that the order is the device's.
+    """
+    first = len(parts) > 1 or parts[0].dy.device.type in EXPAND_FIRST
+    first &= all(part.k.gradient == dtype and part.k.wide is None for part in parts)
+    extended = [_extends(part) for part in parts]
+    terms = [part for part, by_gemm in zip(parts, extended, strict=True) if not by_gemm]
+    dx = _add_terms(None, terms, columns, dtype) if first else None
+    for part, by_gemm in zip(parts, extended, strict=True):
+        dx = _add_extended(part, dx) if by_gemm else _add_base_grad(part, dx)
+    assert dx is not None
+    if first:
+        return dx
+    dx = dx.to(torch.promote_types(dx.dtype, dtype))  # the wider one until everything is in
+    _add_terms(dx, terms, columns, dtype)
+    return dx.to(dtype)
+
+
+def _add_terms(dx: Tensor | None, parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tensor | None:
+    """dx plus the D(dS A), in place; a new one of `dtype` without dx. Those without a mask share one pass."""
+    terms = [(part.ds, part.p.lora_A, part.k.mask) for part in parts]
+    adapted = [(ds, a, mask) for ds, a, mask in terms if ds is not None and a is not None]
+    passes = [term for term in adapted if term[2] is not None]
+    if plain := [(ds, a) for ds, a, mask in adapted if mask is None]:
+        many, factors = zip(*plain, strict=True)
+        passes.append((many[0] if len(many) == 1 else torch.cat(many, dim=1), stack(factors), None))
+    for ds, a, mask in passes:
+        out = ds.new_empty(ds.shape[0], columns, dtype=dtype) if dx is None else dx
+        dx = lora_expand(dx, ds, a, transposed=True, mask=mask, out=out)
+    return dx
+
+
+def _extends(part: Part) -> bool:
+    """Whether base and adapter are added to dx by one GEMM, as in `_forward_extended`."""
+    p, k, ds = part.p, part.k, part.ds
+    if ds is None or p.lora_A is None or k.mask is not None or p.magnitude is not None:
+        return False
+    if not p.weight.has_room(part.dy):  # before dy is cast for nothing
+        return False
+    return extension.pays(part.dy.to(k.gradient), p.lora_A.shape[1], ds, p.lora_A)
+
+
+def _add_extended(part: Part, dx: Tensor | None) -> Tensor:
+    assert part.ds is not None and part.p.lora_A is not None
+    rows = part.dy.to(part.k.gradient)
+    copy = part.p.weight.copy_with_room(rows, gradient=True)
+    same = dx is not None and dx.dtype == rows.dtype
+    grad = extension.input_grad(copy, rows, part.ds, part.p.lora_A, dx if same else None)
+    return grad if dx is None or same else dx + grad
+
+
+def _add_base_grad(part: Part, dx: Tensor | None) -> Tensor:
+    """dx plus the gradient through W: (g dy) W; under DoRA's dropout dy W + D(((g - 1) dy) W)."""
+    p, k, dy, dz = part.p, part.k, part.dy, part.dy if part.dz is None else part.dz
     if k.mask is None or k.wide is None:
-        dz = dz.to(k.compute)
+        dz = dz.to(k.gradient)
         same = dx is not None and dx.dtype == dz.dtype
         grad = p.weight.input_grad(dz, dx if same else None)
         return grad if dx is None or same else dx + grad
-    exact = torch.promote_types(
-        k.wide, torch.float32
-    )  # two rounded products: their sum is not rounded again yet
+    # Two rounded products: their sum is not rounded again yet.
+    exact = torch.promote_types(k.wide, torch.float32)
     second = p.weight.input_grad(dz.to(k.wide), stored=True).to(exact)
-    grad = dropout_apply(second, k.mask, out=second).add_(p.weight.input_grad(dy.to(k.compute)))
+    grad = dropout_apply(second, k.mask, out=second).add_(p.weight.input_grad(dy.to(k.gradient)))
     return grad if dx is None else grad.add_(dx)
 
 
-@contextlib.contextmanager
-def _no_autocast(x: Tensor) -> Any:
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def obeying(requested: dict[str, str]) -> contextlib.AbstractContextManager[None]:
+    """The forward's requests. A compiled backward is traced with its forward, while they are in force."""
+    if requested is requests_in_force() or torch.compiler.is_compiling():
+        return _AS_IT_IS
+    return requests(requested)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[torch.dtype | None]:
     """Autocast off inside, because every cast here is explicit; gives the dtype it would have cast x to, or
     None.
     """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        yield None
-        return
-    dtype = torch.get_autocast_dtype(device)
+    dtype = _autocast_dtype(x)
+    if torch.compiler.is_compiling():
+        # A backward is traced as if autocast were off, and becomes part of a graph that is made with it on.
+        # And where torch 2.13 meets the first stride inside the context, autocast stays off for what follows.
+        x.stride()
+        return _without_autocast(x.device.type, dtype)
+    return _AS_IT_IS if dtype is None else _without_autocast(x.device.type, dtype)
+
+
+@contextlib.contextmanager
+def _without_autocast(device: str, dtype: torch.dtype | None) -> Iterator[torch.dtype | None]:
     with torch.autocast(device, enabled=False):
         yield dtype
+
+
+def output_dtype(x: Tensor, p: Projection) -> torch.dtype:
+    """The dtype of the projection's output for x, under the autocast in force."""
+    return p.weight.output_dtype(x, p.weight.compute_dtype(x, _autocast_dtype(x)))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if on else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,22 +12,27 @@ from torch import nn
 from pyfastlora.ops._registry import BackendError, all_ops, problem_of
 from pyfastlora.ops._registry import backend as use_backend
 from pyfastlora.patching import cpu_repack
-from pyfastlora.patching.conditions import FUSED_TYPES, l1_exact_type
+from pyfastlora.patching.conditions import l1_exact_type
+from pyfastlora.patching.groups import Siblings, forget, watch
 from pyfastlora.patching.layers import STATE, FastLoraLinear, FusedForward, LayerState
+from pyfastlora.patching.layers_embedding import FastLoraEmbedding
+from pyfastlora.patching.mlp import FusedMLP, MLPState, attach
 from pyfastlora.patching.read import standing_reason
 from pyfastlora.patching.report import PatchReport, Row
-from pyfastlora.patching.verify import probe, probe_dtype, run_once
+from pyfastlora.patching.verify import probe, probe_dtype, probe_mlp, run_once
 
 
 def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> PatchReport:
-    """Let the LoRA layers of a PEFT model run fused where that gives PEFT's result, in place.
+    """Let the LoRA layers of a PEFT model, and whole feed-forward blocks, run fused where that gives PEFT's
+    result, in place.
 
     backend: "auto", or what `pyfastlora.backend` takes ("reference", "dora_norm=cpu", ...): it then holds for
     every call of these layers, and a call that it cannot serve raises with the reason of each candidate.
     verify: run a small random batch, forward and backward, through every fused layer and through its PEFT
     forward; a layer that differs by more than `pyfastlora.patching.verify.BOUNDS` allows is left on PEFT.
+    Then the same with every feed-forward block; one that differs is left to run its linears one by one.
 
-    Every layer keeps its parameters, its state_dict keys and its PEFT class as a base class. Calls that a
+    Every module keeps its parameters, its state_dict keys and its class as a base class. Calls that a
     condition rules out (docs/fallbacks.md) run PEFT's forward. On bitsandbytes' 4-bit layers, adapted or
     not, the switch that lets them repack their weight for CPU inference is turned off. Patching twice
     changes nothing but the backend.
@@ -45,8 +51,11 @@ def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> P
         elif l1_exact_type(layer) is None and STATE not in layer.__dict__:
             layer.__dict__[STATE] = LayerState(backend)
             _become(layer, _fast_class(layer))
+    for module in model.modules():
+        attach(module)
     if verify:
         _verify(model)
+    _introduce(model)
     return report(model)
 
 
@@ -56,18 +65,22 @@ def unpatch(model: nn.Module) -> None:
     Raises RuntimeError, before anything is changed, if something else has since changed a layer's class.
     """
     _check_model("unpatch", model)
-    layers = [(name, layer) for name, layer in _lora_layers(model) if STATE in layer.__dict__]
-    for name, layer in layers:
-        if isinstance(layer, FusedForward) and "peft_class" not in type(layer).__dict__:
+    patched: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if STATE in m.__dict__]
+    for name, module in patched:
+        made = {FusedForward: "peft_class", FusedMLP: "original"}
+        if any(isinstance(module, of) and own not in type(module).__dict__ for of, own in made.items()):
             raise RuntimeError(
-                f"unpatch: {name} became a {type(layer).__name__} after it was patched; undo that first "
+                f"unpatch: {name} became a {type(module).__name__} after it was patched; undo that first "
                 "(FSDP2: unpatch before fully_shard)"
             )
-    for _, layer in layers:
-        if isinstance(layer, FusedForward):
-            _become(layer, layer.peft_class)
-        del layer.__dict__[STATE]
+    for _, module in patched:
+        if isinstance(module, FusedForward):
+            _become(module, module.peft_class)
+        elif isinstance(module, FusedMLP):
+            _become(module, module.original)
+        del module.__dict__[STATE]
     for module in model.modules():
+        forget(module)
         cpu_repack.allow(module)
 
 
@@ -78,7 +91,13 @@ def report(model: nn.Module) -> PatchReport:
     `torch.compile` graph are not counted.
     """
     _check_model("report", model)
-    return PatchReport([_row(name, layer) for name, layer in _lora_layers(model)])
+    blocks = {
+        child: module.__dict__[STATE]
+        for module in model.modules()
+        if isinstance(module.__dict__.get(STATE), MLPState)
+        for child in module.children()
+    }
+    return PatchReport([_row(name, layer, blocks.get(layer)) for name, layer in _lora_layers(model)])
 
 
 def _check_model(function: str, model: object) -> None:
@@ -91,13 +110,36 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _fast_class(layer: nn.Module) -> type[FusedForward]:
-    kind = type(layer)
-    if (kind.__module__, kind.__qualname__) == FUSED_TYPES[0]:
+    name = type(layer).__name__
+    if name == "Linear":
         return FastLoraLinear
-    # here, not above: this imports bitsandbytes, which a model with such a layer has loaded anyway
+    if name == "Embedding":
+        return FastLoraEmbedding
+    # here, not above: these import bitsandbytes, which a model with such a layer has loaded anyway
+    if name == "Linear8bitLt":
+        from pyfastlora.patching.layers_8bit import FastLoraLinear8bitLt
+
+        return FastLoraLinear8bitLt
     from pyfastlora.patching.layers_4bit import FastLoraLinear4bit
 
     return FastLoraLinear4bit
+
+
+def _introduce(model: nn.Module) -> None:
+    """Tell the patched linears of each parent of one another; those that are fed one tensor will find out."""
+    for parent in model.modules():
+        found = {
+            name: child
+            for name, child in parent.named_children()
+            if isinstance(child, FusedForward) and child.kind.region == "linear"
+        }
+        states = [child.__dict__[STATE] for child in found.values()]
+        if len(found) < 2 or all(state.siblings is not None for state in states):
+            continue
+        siblings = Siblings(tuple(found), tuple(map(weakref.ref, found.values())))
+        for place, state in enumerate(states):
+            state.siblings, state.place = siblings, place
+        watch(parent, siblings)
 
 
 def _become(layer: Any, cls: type[nn.Module]) -> None:
@@ -130,9 +172,24 @@ def _verify(model: nn.Module) -> None:
         state.error, state.note, state.refused = outcome.error, outcome.note, outcome.refusal
         if state.refused:
             _become(layer, layer.peft_class)
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            _verify_mlp(module, module.__dict__[STATE])
 
 
-def _row(name: str, layer: Any) -> Row:
+def _verify_mlp(module: FusedMLP, block: MLPState) -> None:
+    layers = [child.__dict__[STATE] for child in module.children() if isinstance(child, FusedForward)]
+    if block.formula is None or not layers:
+        return
+    outcome = probe_mlp(module, block.formula)
+    for state in layers:
+        state.error = max(state.error or 0.0, outcome.error or 0.0)
+    if outcome.refusal:
+        block.formula, block.last_reason = None, outcome.refusal
+        _become(module, module.original)
+
+
+def _row(name: str, layer: Any, block: MLPState | None) -> Row:
     state = layer.__dict__.get(STATE) or LayerState()
     if isinstance(layer, FusedForward):
         peft_class, standing = layer.peft_class, standing_reason(layer.kind, layer) or ""
@@ -144,14 +201,27 @@ def _row(name: str, layer: Any) -> Row:
         name=name,
         layer=peft_class.__name__,
         fused=fused,
-        region="linear" if fused else "none",
+        region=_region(layer, state, block) if fused else "none",
         backend=_backend_of(layer, state) if fused else "",
         reason=standing or state.last_reason,
         calls_fused=state.calls_fused,
         calls_fallback=state.calls_fallback,
         error=state.error,
-        note=state.note,
+        note="; ".join(filter(None, (state.note, *_why_alone(state, block)))) if fused else state.note,
     )
+
+
+def _why_alone(state: LayerState, block: MLPState | None) -> tuple[str, str]:
+    """Why a fused layer is not in a larger region, or was not at a time."""
+    mlp = f"mlp one by one: {block.last_reason}" if block is not None and block.last_reason else ""
+    return mlp, state.siblings.ended if state.siblings else ""
+
+
+def _region(layer: Any, state: LayerState, block: MLPState | None) -> str:
+    if block is not None and block.runs:
+        return "mlp"
+    group = state.siblings.group_of(state.place) if state.siblings else ()
+    return f"group {', '.join(group)}" if group else layer.kind.region
 
 
 def _backend_of(layer: Any, state: LayerState) -> str:

@@ -1,4 +1,4 @@
-"""L1 to L15: when a LoRA layer may run fused, as one small function per condition.
+"""L1 to L15: when a LoRA layer, or a linear beside one, may run fused, as one small function per condition.
 
 Each function looks at one call, taken apart by `read.py`, and returns None or a sentence: what was seen and,
 where there is one, the way out. The first sentence of its docstring says what is checked; `docs/fallbacks.md`
@@ -8,7 +8,7 @@ is made from the two. A condition has no side effects. They run on every call, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,35 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from transformers.pytorch_utils import Conv1D
 
-from pyfastlora.weights import bnb_4bit, dense
+from pyfastlora.weights import bnb_4bit, bnb_8bit, dense
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = (nn.Parameter, Tensor)
-#: By name: naming the 4-bit class would import bitsandbytes, which takes seconds and may not be installed.
-FUSED_TYPES = (("peft.tuners.lora.layer", "Linear"), ("peft.tuners.lora.bnb", "Linear4bit"))
+#: By name: naming the quantised ones would import bitsandbytes, which takes seconds and may not be installed.
+FUSED_TYPES = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.layer", "Embedding"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+    ("peft.tuners.lora.bnb", "Linear8bitLt"),
+)
+#: PEFT's other layers, and what keeps them from being fused.
+LEFT_TO_PEFT = {
+    **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), "convolutions have no fused region"),
+    "MultiheadAttention": "nn.MultiheadAttention multiplies with merged weights by itself",
+    "ParamWrapper": "its adapter is on a bare parameter (target_parameters)",
+    "GPTQLoraLinear": "GPTQ weights cannot be decoded here",
+    "AwqLoraLinear": "AWQ weights cannot be decoded here",
+    "AqlmLoraLinear": "AQLM weights cannot be decoded here",
+    "EetqLoraLinear": "EETQ weights cannot be decoded here",
+    "HqqLoraLinear": "HQQ weights cannot be decoded here",
+    "IncLoraLinear": "Neural Compressor's weights cannot be decoded here",
+    "TorchaoLoraLinear": "torchao weights cannot be decoded here",
+    "TeLinear": "Transformer Engine multiplies in formats of its own",
+    "LoraParallelLinear": "Megatron splits its weight among processes",
+    "SVDLinear": "AdaLoRA's third factor has no fused formula",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +57,25 @@ class Kind:
 
     bases: tuple[type, ...]
     weights: tuple[type, ...]
-    packed: bool  # the base weight is 4-bit
+    packed: int  # bits of a quantised base weight; 0: it is dense
+    region: str = "linear"  # or "embedding"
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of one LoRA layer: what the conditions look at, filled in stage by stage."""
+    """One call of one LoRA layer: what the conditions look at, filled in stage by stage.
+
+    Or of a bare linear, which is a base layer without an adapter.
+    """
 
     kind: Kind
     layer: nn.Module
     x: Tensor | None  # None: the layer is judged before any call, and the conditions on x hold
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    # stage 2: the one active adapter and the modules PEFT would call
+    bare: bool = False
+    inside: bool = False  # a region computes the layer, whose own hooks would not run
+    # stage 2: the one active adapter and the modules PEFT would call; an embedding's factors are no modules
     adapter: str = ""
     base: nn.Module | None = None
     shrink: nn.Module | None = None  # lora_A
@@ -62,10 +90,12 @@ Condition = Callable[[Call], str | None]
 
 
 def l1_exact_type(layer: nn.Module) -> str | None:
-    """The layer is exactly `lora.Linear` or `bnb.Linear4bit`, and nobody replaced its forward."""
+    """The layer is exactly PEFT's `Linear`, `Linear4bit`, `Linear8bitLt` or `Embedding`, forward included."""
     kind = type(layer)
     if (kind.__module__, kind.__qualname__) not in FUSED_TYPES:
-        return f"{kind.__name__} is not exactly lora.Linear or bnb.Linear4bit"
+        if kind.__module__.startswith("peft.") and kind.__name__ in LEFT_TO_PEFT:
+            return f"{kind.__name__} is left to PEFT: {LEFT_TO_PEFT[kind.__name__]}"
+        return f"{kind.__name__} is not exactly PEFT's Linear, Linear4bit, Linear8bitLt or Embedding"
     if kind.forward.__module__ != kind.__module__:
         return f"{kind.__name__}.forward comes from {kind.forward.__module__}, not from PEFT"
     if "forward" in layer.__dict__:
@@ -117,22 +147,26 @@ def l5_variant(call: Call) -> str | None:
         return "DoRA with lora_bias: PEFT adds the bias to every column of its norm"
     if dora.ENABLE_DORA_CACHING and not call.magnitude.training:
         return "DoraCaching is on: leave it to recompute the norm"
+    if call.magnitude.__dict__["_dora_cache"]:
+        return "DoraCaching kept a norm: PEFT's forward drops it"
     if call.layer.__dict__["ephemeral_gpu_offload"]:
         return "DoRA with ephemeral_gpu_offload moves weights inside PEFT's forward"
     return None
 
 
 def l6_plain_modules(call: Call) -> str | None:
-    """The base layer is exactly `nn.Linear` (or bitsandbytes' Linear4bit), lora_A and lora_B `nn.Linear`."""
+    """The base layer is exactly `nn.Linear`, `Conv1D` or bitsandbytes'; lora_A and lora_B are `nn.Linear`."""
     if type(call.base) not in call.kind.bases:
         return f"the base layer is a {_type(call.base)}, not {call.kind.bases[0].__name__}"
+    if call.bare:
+        return None
+    if call.layer.__dict__["fan_in_fan_out"] != (type(call.base) is Conv1D):
+        return f"fan_in_fan_out is {call.layer.__dict__['fan_in_fan_out']} over a {_type(call.base)}"
     for name, module in (("lora_A", call.shrink), ("lora_B", call.expand)):
         if type(module) is not nn.Linear:
             return f"{name} is a {_type(module)}, not nn.Linear"
     if _has_bias(call.shrink):
         return "lora_A has a bias, which the fused formula lacks"
-    if call.layer.__dict__["fan_in_fan_out"]:
-        return "fan_in_fan_out: the base weight is stored transposed"
     return None
 
 
@@ -153,20 +187,22 @@ def l7_dropout(call: Call) -> str | None:
 def l8_dtypes(call: Call) -> str | None:
     """Floating dtypes that PEFT multiplies without an error; the adapter has one dtype, x is cast to it."""
     tensors, x = call.tensors, call.x
-    adapter, weight = tensors["lora_A.weight"], tensors["base_layer.weight"]
+    adapter, weight = tensors.get("lora_A.weight"), tensors["base_layer.weight"]
     for name in ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector.weight"):
         other = tensors.get(name)
-        if other is not None and other.dtype is not adapter.dtype:
+        if other is not None and adapter is not None and other.dtype is not adapter.dtype:
             return f"{name} is {_dtype(other)}, lora_A.weight {_dtype(adapter)}"
     for name, tensor in (("x", x), ("the adapter", adapter), ("the base weight", weight)):
         if tensor is not None and tensor.dtype not in FLOATS and not (call.kind.packed and tensor is weight):
             return f"{name} is {_dtype(tensor)}, not a floating dtype from 16 to 64 bits"
     if x is None:
         return None
-    if (x.dtype is torch.float64) != (adapter.dtype is torch.float64):
-        return f"x is {_dtype(x)}, the adapter {_dtype(adapter)}: float64 is fused with itself only"
-    if x.dtype is not adapter.dtype and not call.layer.__dict__["cast_input_dtype_enabled"]:
-        return f"input casting is disabled: x is {_dtype(x)}, the adapter {_dtype(adapter)}"
+    name, other = ("the base weight", weight) if adapter is None else ("the adapter", adapter)
+    if (x.dtype is torch.float64) != (other.dtype is torch.float64):
+        return f"x is {_dtype(x)}, {name} {_dtype(other)}: float64 is fused with itself only"
+    casts = adapter is None or call.layer.__dict__["cast_input_dtype_enabled"]
+    if not casts and x.dtype is not other.dtype:
+        return f"input casting is disabled: x is {_dtype(x)}, the adapter {_dtype(other)}"
     if call.kind.packed or torch.is_autocast_enabled(x.device.type):
         return None
     for name, tensor in (("x", x), ("the base bias", tensors.get("base_layer.bias"))):
@@ -176,25 +212,35 @@ def l8_dtypes(call: Call) -> str | None:
 
 
 def l9_autocast(call: Call) -> str | None:
-    """Under autocast nothing is float64, which autocast leaves as it is."""
+    """Under autocast nothing is float64, and bitsandbytes' 8-bit product comes out in autocast's dtype."""
     x = call.x
     if x is None or not torch.is_autocast_enabled(x.device.type):
         return None
     for name, tensor in (("x", x), *call.tensors.items()):
         if tensor.dtype is torch.float64:
             return f"{name} is float64, which autocast leaves as it is"
+    if call.kind.packed == 8:
+        assert call.base is not None
+        cast, weight = torch.get_autocast_dtype(x.device.type), call.tensors["base_layer.weight"]
+        if x.dtype is not cast and bnb_8bit.multiplies_integers(weight, call.base.training):
+            return f"x is {_dtype(x)} under autocast: the 8-bit output's dtype would depend on x's outliers"
+        if call.magnitude is not None and torch.is_autocast_enabled():  # of CUDA, which PEFT asks alone
+            return "8-bit DoRA under CUDA autocast: PEFT leaves its output in the adapter's dtype"
     return None
 
 
 def l10_no_hooks(call: Call) -> str | None:
-    """No hook and no replaced forward on the modules inside the layer, and no global module hook."""
+    """No hook (but ZeRO-3's) and no replaced forward on the modules inside the layer, and no global hook;
+    where a region computes the layer, none on itself either.
+    """
     for name in _INSIDE:
         module = getattr(call, name)
-        if module is None:
+        if module is None or (name == "layer" and not call.inside):
             continue
         state = module.__dict__
-        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            return f"a forward hook sits on {_INSIDE[name]}"
+        for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"]):
+            if hooks and not _only_gather(hooks):
+                return f"a forward hook sits on {_INSIDE[name]}"
         if state["_backward_hooks"] or state["_backward_pre_hooks"]:
             return f"a backward hook sits on {_INSIDE[name]}"
         if "forward" in state:
@@ -225,16 +271,20 @@ def l11_plain_tensors(call: Call) -> str | None:
 
 
 def l12_base_weight(call: Call) -> str | None:
-    """The base weight's format can be read; if 4-bit, its quant_state fits the layer and is not repacked."""
+    """The base weight's format can be read; if quantised, it is whole, fits the layer and is not repacked."""
     weight, base = call.tensors["base_layer.weight"], call.base
     if not call.kind.packed:
         return None if call.x is None else dense.why_not(weight)
     assert base is not None
+    if call.x is None and weight.numel() == 0:
+        return None  # at rest; ZeRO-3 has it partitioned
+    if call.magnitude is not None and type(weight) is not call.kind.weights[0]:
+        return f"DoRA over a {_type(weight)}: PEFT decodes only a {call.kind.weights[0].__name__}"
+    if call.kind.packed == 8:
+        return bnb_8bit.why_not(weight, base.__dict__["state"])
     state = quant_state(base, weight)
     if reason := bnb_4bit.why_not(weight, state, base.__dict__["compute_dtype"]):
         return reason
-    if call.magnitude is not None and type(weight) is not call.kind.weights[0]:
-        return f"DoRA over a {_type(weight)}: PEFT takes only a Params4bit for 4-bit"
     layer_shape = (base.__dict__["out_features"], base.__dict__["in_features"])
     if tuple(state.shape) != layer_shape:
         return f"quant_state is for {list(state.shape)}, the layer is {list(layer_shape)}"
@@ -254,7 +304,8 @@ def l14_plain_execution(call: Call) -> str | None:
     if call.x is None:
         return None
     if torch.compiler.is_compiling():
-        return "torch.export is recording" if torch.compiler.is_exporting() else None
+        # Not is_exporting(): while torch.compile traces, torch 2.11 takes that for constantly true.
+        return "torch.export is recording" if torch.compiler._is_exporting_flag else None
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a torch.func transform (grad, vmap, ...)"
     if torch._C._is_tracing():
@@ -275,19 +326,19 @@ def l15_gathered(call: Call) -> str | None:
     x, tensors = call.x, call.tensors
     if x is None:
         return None
-    assert call.shrink is not None and call.base is not None
-    base = call.base.__dict__
-    inputs, outputs, rank = base["in_features"], base["out_features"], call.shrink.__dict__["out_features"]
+    layer = call.layer.__dict__
+    inputs, outputs = layer["in_features"], layer["out_features"]
+    rank = None if call.shrink is None else call.shrink.__dict__["out_features"]
     if x.dim() == 0 or x.shape[-1] != inputs:
         return f"x is {list(x.shape)}; its last dimension has to be {inputs}"
     if x.dim() == 1 and call.magnitude is not None:
         return f"x is {list(x.shape)}: PEFT's DoRA makes a matrix of a vector"
     for name, tensor in tensors.items():
         if name == "base_layer.weight":
-            if call.kind.packed:
+            if call.kind.packed == 4:
                 full = 2 * tensor.numel() * tensor.element_size() >= outputs * inputs
             else:
-                full = tensor.shape == (outputs, inputs)
+                full = tensor.shape == ((inputs, outputs) if type(call.base) is Conv1D else (outputs, inputs))
         elif name == "lora_A.weight":
             full = tensor.shape == (rank, inputs)
         elif name == "lora_B.weight":
@@ -312,7 +363,15 @@ ON_TENSORS: tuple[Condition, ...] = (
     l8_dtypes,
 )
 
+#: The same without those that are about an adapter.
+ON_BARE_LAYER = (l2_arguments,)
+ON_BARE_MODULES = (l6_plain_modules, l10_no_hooks)
+
+#: Where the hooks come from that DeepSpeed ZeRO-3 puts on every module; the second is a decorator of its own.
+_ZERO3 = ("deepspeed.runtime.zero.parameter_offload", "deepspeed.utils.nvtx")
+
 _INSIDE = {
+    "layer": "the layer itself",
     "base": "base_layer",
     "shrink": "lora_A",
     "expand": "lora_B",
@@ -336,12 +395,22 @@ def quant_state(base: nn.Module | None, weight: Tensor) -> Any:
     return getattr(base, "quant_state", None) if state is None else state
 
 
-def _adapters_here(layer: nn.Module) -> dict[str, nn.Module]:
-    return layer.__dict__["_modules"]["lora_A"].__dict__["_modules"]
+def _adapters_here(layer: nn.Module) -> Collection[str]:
+    modules = layer.__dict__["_modules"]
+    linear: dict[str, nn.Module] = modules["lora_A"].__dict__["_modules"]
+    return linear or modules["lora_embedding_A"].__dict__["_keys"]
+
+
+def _only_gather(hooks: dict[int, Any]) -> bool:
+    """Whether these are DeepSpeed ZeRO-3's: they gather parameters, which reading them does as well."""
+    return all(hook.__module__ in _ZERO3 for hook in hooks.values())
 
 
 def _has_bias(module: nn.Module | None) -> bool:
-    return module is not None and module.__dict__["_parameters"].get("bias") is not None
+    if module is None:
+        return False
+    # a replica of DataParallel and a module in FSDP1's hands hold plain tensors as attributes
+    return module.__dict__["_parameters"].get("bias", module.__dict__.get("bias")) is not None
 
 
 def _type(value: object) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
 from peft.tuners.lora import bnb
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyfastlora.patching import cpu_repack
-from pyfastlora.patching.conditions import Kind
+from pyfastlora.patching.conditions import PLAIN, Kind
 from pyfastlora.patching.layers import FusedForward
 
 
@@ -17,11 +17,13 @@ class FastLoraLinear4bit(FusedForward, bnb.Linear4bit):
     """`peft.tuners.lora.bnb.Linear4bit` over bitsandbytes' NF4 or FP4 linear."""
 
     peft_class = bnb.Linear4bit
-    # pickle and FSDP make a plain Parameter of a Params4bit, which bitsandbytes reads just as well
-    kind = Kind((Linear4bit, LinearNF4, LinearFP4), weights=(Params4bit, nn.Parameter), packed=True)
+    # pickle and FSDP make a plain tensor of a Params4bit, which bitsandbytes reads just as well
+    kind = Kind((Linear4bit, LinearNF4, LinearFP4), weights=(Params4bit, *PLAIN), packed=4)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.base_layer
+    @classmethod
+    def prepare(cls, base: Any, x: Tensor) -> None:
+        if type(base) not in cls.kind.bases:
+            return
         if cpu_repack.is_repacked(base):
             cpu_repack.undo(base)
         # What bitsandbytes' forward leaves behind and a user can read: the compute dtype taken from the
@@ -32,4 +34,3 @@ class FastLoraLinear4bit(FusedForward, bnb.Linear4bit):
         bias = base.bias
         if bias is not None and bias.dtype != (base.compute_dtype or x.dtype):
             bias.data = bias.data.to(base.compute_dtype or x.dtype)
-        return super().forward(x, *args, **kwargs)

@@ -17,13 +17,13 @@ class Row:
     name: str
     layer: str  #: its PEFT class
     fused: bool  #: its calls run fused, as far as can be told without the next input
-    region: str  #: what it runs in: "linear", or "none" when PEFT's own forward runs
-    backend: str  #: as given to `patch`; "" when PEFT's own forward runs
+    region: str  #: "linear", "embedding", "group q_proj, v_proj" or "mlp" (one node), "none": PEFT's forward
+    backend: str  #: the kernels: as given to `patch`, "auto" by what it came to; "" when PEFT's forward runs
     reason: str  #: why it is not fused; of a fused layer, why its latest PEFT call was one ("" without one)
     calls_fused: int = 0
     calls_fallback: int = 0
     error: float | None = None  #: with verify=True: the largest relative difference from PEFT
-    note: str = ""  #: what qualifies that figure
+    note: str = ""  #: what qualifies that figure, and why a larger region did not run
 
 
 class PatchReport:
@@ -90,7 +90,7 @@ def _groups(rows: list[Row], full: bool) -> list[list[Row]]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(
-            (_pattern(row.name), row.layer, row.fused, row.backend, row.reason, row.note), []
+            (_pattern(row.name), row.layer, row.region, row.backend, row.reason, row.note), []
         ).append(row)
     return list(groups.values())
 

@@ -6,42 +6,57 @@ tensors kept that nobody needs, inputs that need no gradient.
 
 import itertools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import assert_as_exact_on_average, error, name_of
-from peft_layers import FEATURES, Features, in_float64, peft_layer, projection_of, trainables
+from accuracy import DEVICE, assert_as_exact_on_average, error, name_of, noise
+from peft_layers import FEATURES, SOME_FEATURES, Features, in_float64, peft_layer, projection_of, trainables
 
+from pyfastlora.fused import projections as region
 from pyfastlora.fused.projections import Projection, fused_projections
 from pyfastlora.weights.dense import DenseWeight
 
 SEEDS = range(3)
 
 
-def run(function, layer, x, dy, autocast=None):
-    """{"y", "x", every trainable name: value or gradient} of one forward and backward under a fixed seed."""
+def run(function, layers, x, grads, autocast=None):
+    """{"y0", .., "x", every trainable name: value or gradient} of one forward and backward under a fixed
+    seed.
+    """
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(77)
-    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
-        y = function(x)
-    names, parameters = zip(*trainables(layer), strict=True)
-    grads = torch.autograd.grad(y, (x, *parameters), dy.to(y.dtype))
-    return {"y": y.detach(), "x": grads[0], **dict(zip(names, grads[1:], strict=True))}
+    with torch.autocast(DEVICE.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        outputs = function(x)
+    named = [(f"{i}.{name}", p) for i, layer in enumerate(layers) for name, p in trainables(layer)]
+    names, parameters = zip(*named, strict=True)
+    grads = [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
+    found = torch.autograd.grad(outputs, (x, *parameters), grads)
+    values = {f"y{i}": y.detach() for i, y in enumerate(outputs)}
+    return {**values, "x": found[0], **dict(zip(names, found[1:], strict=True))}
 
 
-def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=None, tokens=(2, 40)):
-    """Our and PEFT's errors against PEFT in float64, over seeds, for the output and every gradient."""
+def compare(siblings, dtype, adapter_dtype, kind, autocast=None, x_dtype=None, tokens=(2, 40)):
+    """Our and PEFT's errors against PEFT in float64, over seeds, for every output and gradient.
+
+    siblings: the features of the layers that share x.
+    """
     errors = {}
     for seed in SEEDS:
-        layer = peft_layer(features, dtype, adapter_dtype, four_bit=four_bit, seed=seed)
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(*tokens, 128, generator=generator).to(x_dtype or dtype)
-        dy = torch.randn(*tokens, 192, generator=generator).to(autocast or dtype)
-        exact = in_float64(layer)
-        truth = run(exact, exact, x.double(), dy.double())
-        theirs = run(layer, layer, x, dy, autocast)
+        layers = [
+            peft_layer(features, dtype, adapter_dtype, kind=kind, seed=seed + 10 * i)
+            for i, features in enumerate(siblings)
+        ]
+        x = noise(*tokens, 128, dtype=x_dtype or dtype, seed=seed)
+        dys = [noise(*tokens, 192, dtype=autocast or dtype, seed=seed + 100 + i) for i in range(len(layers))]
+        exact = [in_float64(layer) for layer in layers]
+        truth = run(
+            lambda x, exact=exact: [f(x) for f in exact], exact, x.double(), map(torch.Tensor.double, dys)
+        )
+        theirs = run(lambda x, layers=layers: [f(x) for f in layers], layers, x, dys, autocast)
         ours = run(
-            lambda x, layer=layer: fused_projections(x, [projection_of(layer)])[0], layer, x, dy, autocast
+            lambda x, layers=layers: fused_projections(x, list(map(projection_of, layers))),
+            *(layers, x, dys, autocast),
         )
         assert theirs.keys() == ours.keys() == truth.keys()
         for name, value in ours.items():
@@ -52,7 +67,7 @@ def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=Non
         assert_as_exact_on_average(pairs, name)
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
     [
@@ -65,23 +80,68 @@ def compare(features, dtype, adapter_dtype, four_bit, autocast=None, x_dtype=Non
     ids=name_of,
 )
 @pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_as_exact_as_peft(features, dtype, adapter_dtype, four_bit):
-    if four_bit:
-        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install pyfastlora[qlora]")
-    compare(features, dtype, adapter_dtype, four_bit)
+def test_as_exact_as_peft(features, dtype, adapter_dtype, kind):
+    compare([features], dtype, adapter_dtype, kind)
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["conv1d", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
+    ids=name_of,
+)
+@pytest.mark.parametrize("features", SOME_FEATURES, ids=str)
+def test_as_exact_as_peft_in_other_formats(features, dtype, adapter_dtype, kind):
+    compare([features], dtype, adapter_dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "int8"])
+@pytest.mark.parametrize("x", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("features", SOME_FEATURES, ids=str)
+def test_as_exact_as_peft_in_other_formats_under_autocast(features, x, kind):
+    base = torch.float32 if kind == "conv1d" else torch.bfloat16
+    compare([features], base, torch.float32, kind, autocast=torch.bfloat16, x_dtype=x)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_as_exact_as_peft_in_the_order_of_the_other_devices(features, dtype, kind, monkeypatch):
+    """Expanding first where this device expands last, and the other way round."""
+    here = {DEVICE.type}
+    monkeypatch.setattr(region, "EXPAND_FIRST", set() if region.EXPAND_FIRST & here else here)
+    compare([features], dtype, dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize(
     ("base", "x"),
     [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
     ids=name_of,
 )
 @pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_as_exact_as_peft_under_autocast(features, base, x, four_bit):
-    if four_bit:
-        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install pyfastlora[qlora]")
-    compare(features, base, torch.float32, four_bit, autocast=torch.bfloat16, x_dtype=x)
+def test_as_exact_as_peft_under_autocast(features, base, x, kind):
+    compare([features], base, torch.float32, kind, autocast=torch.bfloat16, x_dtype=x)
+
+
+SIBLINGS = [Features(rank=3), Features(dropout=0.2), Features(dora=True, base_bias=True)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("order", [0, 1], ids=["q,k,v", "v,k,q"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "autocast"),
+    [
+        (torch.float32, torch.float32, None),
+        (torch.bfloat16, torch.bfloat16, None),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float16, torch.float32, None),
+    ],
+    ids=name_of,
+)
+def test_siblings_are_as_exact_as_peft(dtype, adapter_dtype, autocast, order, kind):
+    """One pass of shrinks, masks in order, and one dx that sums what autograd would."""
+    compare(SIBLINGS[:: 1 - 2 * order], dtype, adapter_dtype, kind, autocast)
 
 
 COMBINATIONS = [
@@ -95,10 +155,10 @@ COMBINATIONS = [
 
 def tensors_of(spec, inner=5, outer=4, ranks=3, seed=0):
     """A float64 projection of `spec`, every tensor a leaf that asks for its gradient."""
-    generator = torch.Generator().manual_seed(seed)
+    seeds = itertools.count(10 * seed)
 
     def leaf(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        return noise(*shape, dtype=torch.float64, seed=next(seeds)).requires_grad_()
 
     return Projection(
         DenseWeight(leaf(outer, inner).detach()),
@@ -193,6 +253,23 @@ def test_gradcheck_of_dora_in_what_it_differentiates(dropout):
     assert torch.autograd.gradcheck(function, (x, p.bias, p.magnitude))
 
 
+@pytest.mark.parametrize("spec", COMBINATIONS[:: len(COMBINATIONS) - 1], ids=["lora", "all"])
+def test_a_weight_stored_transposed_gives_the_same(spec, monkeypatch):
+    """In panels of 64 columns, so that DoRA's norm is put together from several."""
+    monkeypatch.setattr(sys.modules["pyfastlora.ops._panels"], "PANEL_BYTES", 1)
+    spec = replace(spec, magnitude=None if spec.lora_bias else "m")
+    x = torch.randn(3, 150, dtype=torch.float64).requires_grad_()
+    p = tensors_of(spec, inner=150)
+    other = replace(p, weight=DenseWeight(p.weight.weight.t().contiguous(), transposed=True))
+    results = []
+    for each in (p, other):
+        torch.manual_seed(3)
+        y = fused_projections(x, [each])[0]
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves(x, [each]))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
 def test_several_projections_share_one_input():
     """Unequal ranks and widths, one without an adapter, LoRA beside DoRA, dropout on one of them."""
     x = torch.randn(2, 4, 5, dtype=torch.float64).requires_grad_()
@@ -266,10 +343,10 @@ def test_magnitude_zero_has_finite_gradients():
     ids=str,
 )
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=name_of)
-@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
-def test_saved_bytes(features, budget, adapter_dtype, four_bit):
+@pytest.mark.parametrize("kind", ["dense", "conv1d", "nf4", "int8"])
+def test_saved_bytes(features, budget, adapter_dtype, kind):
     """In units of x (bfloat16), beyond x itself and the parameters."""
-    layer = peft_layer(features, torch.bfloat16, adapter_dtype, inner=1024, outer=1024, four_bit=four_bit)
+    layer = peft_layer(features, torch.bfloat16, adapter_dtype, inner=1024, outer=1024, kind=kind)
     x = torch.randn(256, 1024).bfloat16().requires_grad_()
     projection = projection_of(layer)
     known = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *projection.weight.tensors)}
@@ -284,6 +361,26 @@ def test_saved_bytes(features, budget, adapter_dtype, four_bit):
         y = fused_projections(x, [projection])[0]
     assert 0 < sum(saved.values()) / (x.numel() * 2) <= budget
     y.sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_x_is_kept_only_where_an_a_trains(dropout):
+    """LoRA-FA freezes A: x may then be written to, as after PEFT's forward."""
+    x = torch.randn(4, 5, dtype=torch.float64)
+    p = tensors_of(Projection(None, "b", "A", "B", None, 1.5, dropout))
+    p.lora_A.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    rows = leaf * 1
+    torch.manual_seed(1)
+    y = fused_projections(rows, [p])[0]
+    rows.add_(1)
+    found = torch.autograd.grad(y.square().sum(), [leaf, p.lora_B])
+    torch.manual_seed(1)
+    again = tensors_of(Projection(None, "b", "A", "B", None, 1.5, dropout))
+    leaf = x.clone().requires_grad_()
+    y = fused_projections(leaf, [again])[0]
+    for got, want in zip(found, torch.autograd.grad(y.square().sum(), [leaf, again.lora_B]), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_backward_twice_over_a_retained_graph():
@@ -329,6 +426,21 @@ def test_shapes_and_layouts(features, dtype):
         torch.autograd.grad(got, leaf, dy.t().contiguous().t() if dy.dim() == 2 else dy)
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 5)], ids=str)
+def test_outputs_can_be_written_to_in_place(shape):
+    """Llama 4 adds its routed experts to what its shared expert returned."""
+    specs = [Projection(None, "b", "A", "B", None, 1.0), Projection(None, "b", "A", "B", None, 1.0, 0.0, "m")]
+    x = torch.randn(*shape, dtype=torch.float64).requires_grad_()
+    projections = [tensors_of(spec, seed=i) for i, spec in enumerate(specs)]
+    found = []
+    for outputs in (fused_projections(x, projections), [reference_formula(x, p) for p in projections]):
+        for y in outputs:
+            y.mul_(3).add_(x.sum(-1, keepdim=True))
+        found.append(torch.autograd.grad(sum(y.square().sum() for y in outputs), leaves(x, projections)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
 def test_errors_say_what_did_not_fit():
     w = DenseWeight(torch.zeros(4, 5))
     a, b = torch.zeros(2, 5), torch.zeros(4, 2)
@@ -346,21 +458,21 @@ def test_errors_say_what_did_not_fit():
         )
 
 
-@pytest.mark.parametrize("four_bit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["dense", "conv1d", "nf4", "int8"])
 @pytest.mark.parametrize(
     "features", [Features(), Features(dropout=0.1), Features(dora=True, base_bias=True)], ids=str
 )
-def test_one_graph_under_torch_compile(features, four_bit):
+def test_one_graph_under_torch_compile(features, kind):
     torch._dynamo.reset()
-    layer = peft_layer(features, torch.bfloat16, four_bit=four_bit)
+    layer = peft_layer(features, torch.bfloat16, kind=kind)
     projection = projection_of(layer)
     x, dy = torch.randn(6, 128).bfloat16(), torch.randn(6, 192).bfloat16()
 
     def function(x):
-        return fused_projections(x, [projection])[0]
+        return fused_projections(x, [projection])
 
-    want = run(function, layer, x, dy)
-    got = run(torch.compile(function, fullgraph=True, backend="aot_eager"), layer, x, dy)
+    want = run(function, [layer], x, [dy])
+    got = run(torch.compile(function, fullgraph=True, backend="aot_eager"), [layer], x, [dy])
     for name, value in want.items():
         torch.testing.assert_close(got[name], value)
 

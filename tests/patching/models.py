@@ -6,8 +6,10 @@ import copy
 from typing import Any
 
 import torch
+from accuracy import DEVICE, bitsandbytes, noise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import pyfastlora
 from pyfastlora.patching import Row
@@ -29,14 +31,11 @@ class Toy(nn.Module):
 
 def with_noise(model: nn.Module, scale: float = 0.1) -> nn.Module:
     """Put noise on every adapter parameter: B = 0 would hide half of the formula."""
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for seed, (name, parameter) in enumerate(model.named_parameters()):
             if "lora_" in name:
-                noise = torch.randn(parameter.shape, generator=generator) * scale
-                parameter += noise.to(parameter.dtype) * (
-                    parameter.abs().mean() if "magnitude" in name else 1
-                )
+                size = parameter.abs().mean() if "magnitude" in name else 1
+                parameter += noise(*parameter.shape, dtype=parameter.dtype, seed=seed) * scale * size
     return model
 
 
@@ -56,9 +55,8 @@ def toy_4bit(
     dtype: torch.dtype = torch.float32,
     width: int = WIDTH,
 ) -> nn.Module:
-    """Toy with bitsandbytes' 4-bit linears, quantised on the CPU."""
-    import bitsandbytes as bnb
-
+    """Toy with bitsandbytes' 4-bit linears, quantised on the device."""
+    bnb = bitsandbytes()
     torch.manual_seed(0)
     model = Toy()
     sizes = {"up": (width, HIDDEN, bias), "down": (HIDDEN, width, False)}
@@ -73,9 +71,31 @@ def toy_4bit(
             compress_statistics=nested,
             module=layer,
         )
-        setattr(model, name, layer.to("cpu"))
+        setattr(model, name, layer.to(DEVICE))
     model.is_loaded_in_4bit = True  # what PEFT dispatches on
     return model
+
+
+def toy_8bit(*, bias: bool = True, threshold: float = 6.0) -> nn.Module:
+    """Toy with bitsandbytes' LLM.int8 linears, quantised on the device."""
+    bnb = bitsandbytes()
+    torch.manual_seed(0)
+    model = Toy()
+    sizes = {"up": (WIDTH, HIDDEN, bias), "down": (HIDDEN, WIDTH, False)}
+    for name, (inputs, outputs, biased) in sizes.items():
+        layer = bnb.nn.Linear8bitLt(inputs, outputs, biased, has_fp16_weights=False, threshold=threshold)
+        setattr(model, name, layer.to(DEVICE))
+    model.is_loaded_in_8bit = True  # what PEFT dispatches on
+    return model
+
+
+def toy_conv1d() -> nn.Module:
+    """Toy with GPT-2's layers, whose weights are stored transposed."""
+    torch.manual_seed(0)
+    model = Toy()
+    model.up, model.down = Conv1D(HIDDEN, WIDTH), Conv1D(WIDTH, HIDDEN)
+    nn.init.normal_(model.up.bias)
+    return model.to(DEVICE)
 
 
 def patched_copy(model: nn.Module, **options: Any) -> nn.Module:
@@ -96,7 +116,7 @@ def row(model: nn.Module) -> Row:
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 3) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return noise(*shape, dtype=dtype, seed=seed)
 
 
 def step(model: nn.Module, x: Tensor, *args: Any, seed: int = 5, **kwargs: Any) -> dict[str, Tensor]:

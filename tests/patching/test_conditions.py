@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import DEVICE
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
@@ -25,6 +26,7 @@ import pyfastlora
 from .models import (
     HIDDEN,
     WIDTH,
+    Toy,
     assert_close,
     assert_equal,
     first,
@@ -34,6 +36,7 @@ from .models import (
     row,
     step,
     toy_4bit,
+    toy_conv1d,
     with_noise,
 )
 
@@ -49,9 +52,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", ARGUMENTS.values(), ids=ARGUMENTS)
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "4-bit"])
-def test_runs_fused_when_nothing_is_in_the_way(config: dict[str, Any], packed: bool) -> None:
-    peft = lora(toy_4bit() if packed else None, **config)
+@pytest.mark.parametrize("build", [Toy, toy_4bit, toy_conv1d], ids=["dense", "4-bit", "conv1d"])
+def test_runs_fused_when_nothing_is_in_the_way(
+    config: dict[str, Any], build: Callable[[], nn.Module]
+) -> None:
+    peft = lora(build(), fan_in_fan_out=build is toy_conv1d, **config)
     ours = patched_copy(peft)
     x = inputs(3, 5, WIDTH)
     assert_close(step(ours, x), step(peft, x))
@@ -151,14 +156,14 @@ def _cast_adapter(dtype: torch.dtype, *children: str) -> Act:
 @contextmanager
 def _autocast_without_casting(model: nn.Module) -> Iterator[None]:
     _cast_adapter(torch.bfloat16, "lora_A", "lora_B")(model)
-    with disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
+    with disable_input_dtype_casting(model), torch.autocast(DEVICE.type, torch.bfloat16):
         yield
 
 
 @contextmanager
 def _autocast_with_a_float64_adapter(model: nn.Module) -> Iterator[None]:
     _cast_adapter(torch.float64, "lora_A", "lora_B")(model)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         yield
 
 
@@ -192,7 +197,7 @@ CASES: list[tuple[str, dict[str, Any], Act | None, str]] = [
     ("L6", {}, _other_base, "the base layer is a _OtherLinear, not Linear"),
     ("L6", {}, _biased_lora_a, "lora_A has a bias"),
     ("L6", {}, _parametrised_lora_a, "lora_A is a ParametrizedLinear"),
-    ("L6", {}, _attribute("fan_in_fan_out", True), "fan_in_fan_out"),
+    ("L6", {}, _attribute("fan_in_fan_out", True), "fan_in_fan_out is True over a Linear"),
     ("L7", {}, _item("lora_dropout", lambda: nn.AlphaDropout(0.3)), "dropout is AlphaDropout; fused are"),
     ("L7", {}, _item("lora_dropout", lambda: nn.Dropout(1.0)), "dropout p=1.0 keeps nothing"),
     ("L8", {}, _autocast_without_casting, "input casting is disabled: x is float32, the adapter bfloat16"),

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from accuracy import DEVICE, process_group
+from peft import LoraConfig, get_peft_model
 from peft.helpers import DoraCaching
 from torch import Tensor, nn
 
@@ -33,66 +34,13 @@ from .models import (
     row,
     step,
     toy_4bit,
+    toy_conv1d,
     with_noise,
 )
 
 
 class _OtherTensor(Tensor):
     pass
-
-
-def test_l1_other_layer_types_are_untouched() -> None:
-    class Zoo(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.conv, self.up = (
-                nn.Embedding(11, WIDTH),
-                nn.Conv1d(4, 4, 3),
-                nn.Linear(WIDTH, HIDDEN),
-            )
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.up(self.conv(self.embed(tokens)[:, :4])[..., :1].expand(-1, -1, WIDTH))
-
-    model = lora(Zoo(), target_modules=["embed", "conv", "up"])
-    classes = {name: type(module) for name, module in model.named_modules()}
-    found = pyfastlora.patch(model)
-    assert [each.fused for each in found] == [False, False, True]
-    assert "Embedding is not exactly lora.Linear" in found["embed"].reason
-    assert "Conv1d is not exactly lora.Linear" in found["conv"].reason
-    changed = [name for name, module in model.named_modules() if type(module) is not classes[name]]
-    assert changed == ["base_model.model.up"]
-
-
-def test_l1_adalora_and_expert_parameters_are_untouched() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts = nn.Module()
-            self.experts.weight = nn.Parameter(torch.randn(3, WIDTH, WIDTH))
-            self.experts.forward = lambda x: x  # type: ignore[method-assign]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.experts.weight[0]
-
-    adalora = get_peft_model(lora().unload(), AdaLoraConfig(target_modules=["up"], r=4, total_step=10))
-    assert "SVDLinear is not exactly" in pyfastlora.patch(adalora)["up"].reason
-    experts = get_peft_model(Experts(), LoraConfig(target_modules=[], target_parameters=["experts.weight"]))
-    assert "ParamWrapper is not exactly" in pyfastlora.patch(experts)["experts"].reason
-
-
-def test_l1_eight_bit_is_untouched() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-
-    class Eight(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = bnb.nn.Linear8bitLt(WIDTH, HIDDEN, has_fp16_weights=False)
-
-    base = Eight()
-    base.is_loaded_in_8bit = True
-    model = get_peft_model(base, LoraConfig(target_modules=["up"]))
-    assert pyfastlora.patch(model)["up"].reason.startswith("Linear8bitLt is not exactly")
 
 
 def test_l1_a_subclass_and_an_instance_forward_are_untouched() -> None:
@@ -104,7 +52,7 @@ def test_l1_a_subclass_and_an_instance_forward_are_untouched() -> None:
     down = model.base_model.model.down
     down.forward = functools.partial(type(down).forward, down)
     found = pyfastlora.patch(model)
-    assert found["up"].reason == "Special is not exactly lora.Linear or bnb.Linear4bit"
+    assert found["up"].reason == "Special is not exactly PEFT's Linear, Linear4bit, Linear8bitLt or Embedding"
     assert found["down"].reason == "forward was replaced on the layer by a partial: patch before that"
     assert (type(first(model)), type(down).__name__) == (Special, "Linear")
 
@@ -147,13 +95,30 @@ def test_l5_dora_caching() -> None:
     assert row(ours).calls_fused == 1
 
 
-def test_l6_conv1d_of_gpt2() -> None:
-    transformers = pytest.importorskip("transformers")
-    base = nn.Sequential(OrderedDict(up=transformers.pytorch_utils.Conv1D(HIDDEN, WIDTH)))
-    peft = lora(base, target_modules=["up"], fan_in_fan_out=True)
+def test_l5_a_norm_that_dora_caching_left_behind() -> None:
+    """PEFT's next forward outside of the cache drops it; kept, it would be used within the next."""
+    peft = lora(use_dora=True).eval()
     ours = patched_copy(peft)
-    assert_equal(step(ours, inputs(4, WIDTH)), step(peft, inputs(4, WIDTH)))
-    assert "the base layer is a Conv1D, not Linear" in row(ours).reason
+    x = inputs(4, WIDTH)
+    with torch.no_grad():
+        for model in (peft, ours):
+            with DoraCaching():
+                model(x)
+            model(x)
+            with_noise(model)
+        assert row(ours).reason == "DoraCaching kept a norm: PEFT's forward drops it"
+        with DoraCaching():
+            assert torch.equal(ours(x), peft(x))
+        ours(x), ours(x)
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (1, 4)
+
+
+def test_l6_a_conv1d_whose_layer_takes_it_for_a_linear() -> None:
+    peft = lora(toy_conv1d(), fan_in_fan_out=True)
+    first(peft).fan_in_fan_out = False
+    ours = patched_copy(peft)
+    assert_equal(step(first(ours), inputs(4, WIDTH)), step(first(peft), inputs(4, WIDTH)))
+    assert row(ours).reason == "fan_in_fan_out is False over a Conv1D"
 
 
 def test_l6_a_4bit_linear_under_a_dense_lora_layer() -> None:
@@ -178,15 +143,21 @@ def test_l7_dropout_in_place() -> None:
     assert row(ours).reason == "dropout is in place: it overwrites x"
 
 
+def assert_ends_alike(ours: nn.Module, peft: nn.Module, x: Tensor) -> None:
+    """Both give the same, bit for bit, or raise the same."""
+    ends: list[Any] = []
+    for model in (peft, ours):
+        try:
+            ends.append(model(x).detach())
+        except Exception as error:
+            ends.append((type(error), str(error)))
+    assert torch.equal(*ends) if isinstance(ends[0], Tensor) else ends[0] == ends[1]
+
+
 def test_l8_a_mix_that_peft_refuses_is_refused_by_peft() -> None:
     peft = lora(lora().unload().to(torch.bfloat16))
     ours = patched_copy(peft)
-    messages = []
-    for model in (peft, ours):
-        with pytest.raises(RuntimeError) as caught:
-            model(inputs(4, WIDTH))
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    assert_ends_alike(first(ours), first(peft), inputs(4, WIDTH))
     assert row(ours).reason == "x is float32, the base weight bfloat16, and autocast is off"
     x = inputs(4, WIDTH, dtype=torch.bfloat16)
     assert_close(step(ours, x), step(peft, x), dtype=torch.bfloat16)
@@ -216,7 +187,7 @@ def test_l9_autocast_runs_fused() -> None:
     peft = lora(lora().unload().to(torch.bfloat16))
     ours = patched_copy(peft)
     for dtype in (torch.float32, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             ours_step, peft_step = (
                 step(ours, inputs(4, WIDTH, dtype=dtype)),
                 step(peft, inputs(4, WIDTH, dtype=dtype)),
@@ -240,6 +211,35 @@ def test_l10_hooks_on_the_layer_itself_stay() -> None:
     assert (seen, row(ours).calls_fused) == (["layer", "base", "layer", "layer"], 2)
 
 
+def test_l10_hooks_of_zero3_only_gather() -> None:
+    """DeepSpeed ZeRO-3 has hooks on every module; a module's own next to them is still one too many."""
+    peft = lora()
+    ours = patched_copy(peft)
+
+    def gather(*_: object) -> None: ...
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for module in ours.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(gather)
+    assert_close({"y": ours(inputs(3, WIDTH))}, {"y": peft(inputs(3, WIDTH))})
+    assert row(ours).calls_fused == 1
+    first(ours).lora_A["default"].register_forward_hook(lambda *_: None)
+    ours(inputs(3, WIDTH))
+    assert row(ours).reason == "a forward hook sits on lora_A"
+
+
+def test_l5_a_bias_that_is_a_plain_attribute() -> None:
+    """As in a replica of DataParallel, and in FSDP1's hands."""
+    ours = patched_copy(lora(use_dora=True))
+    expand = first(ours).lora_B["default"]
+    bias = torch.zeros(HIDDEN)
+    del expand._parameters["bias"]
+    expand.__dict__["bias"] = bias
+    ours(inputs(3, WIDTH))
+    assert row(ours).reason == "DoRA with lora_bias: PEFT adds the bias to every column of its norm"
+
+
 def test_l11_tensor_subclasses_and_meta() -> None:
     peft = lora()
     ours = patched_copy(peft)
@@ -249,35 +249,32 @@ def test_l11_tensor_subclasses_and_meta() -> None:
     assert row(ours).reason == "x is a _OtherTensor, not a plain tensor"
     meta = pyfastlora.patch(lora().to("meta"))
     assert meta["up"].reason == "on the meta device: nothing to compute with"
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        ours(x.to("meta"))
+    assert_ends_alike(first(ours), first(peft), x.to("meta"))
     assert row(ours).reason == "on the meta device: nothing to compute with"
 
 
 def test_l11_dtensor() -> None:
     """A fully_shard per linear leaves DTensors where the hooks of the linears would have gathered them."""
-    import torch.distributed as dist
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = dist.init_device_mesh("cpu", (1,))
-        ours = patched_copy(lora())
-        weight = first(ours).lora_A["default"].weight
-        first(ours).lora_A["default"].weight = nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(0)]))
+    with process_group() as mesh:
+        peft = lora()
+        ours = patched_copy(peft)
+        for model in (peft, ours):
+            module = first(model).lora_A["default"]
+            module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
         assert row(ours).fused  # at rest that decides nothing: a wrapped layer gathers before its forward
-        with pytest.raises(RuntimeError, match="mixed torch"):
-            ours(inputs(2, WIDTH))
+        assert_ends_alike(first(ours), first(peft), inputs(2, WIDTH))
         assert row(ours).reason == "lora_A.weight is a DTensor, not a plain tensor"
         assert not row(ours).fused
-    finally:
-        dist.destroy_process_group()
 
 
 def test_l12_a_quant_state_that_does_not_fit() -> None:
-    ours = patched_copy(lora(toy_4bit()))
-    state = first(ours).base_layer.weight.quant_state
-    state.shape = torch.Size((WIDTH, HIDDEN))
+    peft = lora(toy_4bit())
+    ours = patched_copy(peft)
+    for model in (peft, ours):
+        first(model).base_layer.weight.quant_state.shape = torch.Size((WIDTH, HIDDEN))
+    assert_ends_alike(first(ours), first(peft), inputs(3, WIDTH))
     assert row(ours).reason == "quant_state is for [64, 128], the layer is [128, 64]"
 
 
@@ -287,17 +284,25 @@ def test_l12_a_4bit_weight_that_pickle_made_a_plain_parameter() -> None:
     ours = patched_copy(peft)
     assert_close(step(ours, inputs(3, WIDTH)), step(peft, inputs(3, WIDTH)))
     assert row(ours).calls_fused == 1
-    dora = patched_copy(pickle.loads(pickle.dumps(lora(toy_4bit(), use_dora=True))))
-    assert row(dora).reason == "DoRA over a Parameter: PEFT takes only a Params4bit for 4-bit"
+    peft, dora = (pickle.loads(pickle.dumps(lora(toy_4bit(), use_dora=True))) for _ in range(2))
+    pyfastlora.patch(dora)
+    assert_ends_alike(first(dora), first(peft), inputs(3, WIDTH))
+    assert row(dora).reason == "DoRA over a Parameter: PEFT decodes only a Params4bit"
 
 
 def test_l12_a_weight_that_is_not_quantised_yet() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    base = toy_4bit()
-    base.up = bnb.nn.Linear4bit(WIDTH, HIDDEN, compute_dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(target_modules=["up", "down"]))
-    assert "not quantised yet: move the model" in pyfastlora.patch(model)["up"].reason
-    model.to("cpu")
+
+    def make() -> nn.Module:  # a copy of such a weight would never be quantised, nor one that was called
+        base = toy_4bit()
+        base.up = bnb.nn.Linear4bit(WIDTH, HIDDEN, compute_dtype=torch.float32)
+        return get_peft_model(base, LoraConfig(target_modules=["up", "down"]))
+
+    peft, ours, model = make(), make(), make()
+    for each in (ours, model):
+        assert "not quantised yet: move the model" in pyfastlora.patch(each)["up"].reason
+    assert_ends_alike(first(ours), first(peft), inputs(2, WIDTH))
+    model.to(DEVICE)
     assert pyfastlora.report(model)["up"].fused
     model(inputs(2, WIDTH))
     assert row(model).calls_fused == 1
@@ -366,11 +371,12 @@ def test_l14_fake_tensors() -> None:
 
 def test_l14_a_default_device_is_no_obstacle() -> None:
     ours = patched_copy(lora())
-    with torch.device("cpu"):
+    with DEVICE:
         ours(inputs(3, WIDTH))
     assert (row(ours).calls_fused, row(ours).reason) == (1, "")
 
 
+@pytest.mark.own_device  # Dynamo does not get through a Params4bit under a default device (torch 2.13)
 @pytest.mark.parametrize("build", [Toy, toy_4bit], ids=["dense", "4-bit"])
 def test_l14_the_conditions_compile_without_a_graph_break(
     build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -382,7 +388,8 @@ def test_l14_the_conditions_compile_without_a_graph_break(
         return [p.scaling * (x @ p.lora_A.T) @ p.lora_B.T]
 
     monkeypatch.setattr(layers, "fused_projections", adapter_alone)
-    ours = patched_copy(lora(build()))
+    with DEVICE:
+        ours = patched_copy(lora(build()))
     x = inputs(3, WIDTH)
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     assert_close({"y": compiled(x)}, {"y": ours(x)})
@@ -394,19 +401,29 @@ def test_l14_the_conditions_compile_without_a_graph_break(
 
 
 def test_l15_wrong_widths_are_refused_by_peft() -> None:
-    ours = patched_copy(lora())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        ours(inputs(3, WIDTH + 1))
+    peft = lora()
+    ours = patched_copy(peft)
+    assert_ends_alike(first(ours), first(peft), inputs(3, WIDTH + 1))
     assert row(ours).reason == f"x is [3, {WIDTH + 1}]; its last dimension has to be {WIDTH}"
 
 
 def test_l15_a_parameter_that_was_not_gathered() -> None:
-    ours = patched_copy(lora())
-    first(ours).lora_A["default"].weight.data = torch.empty(0)
+    peft = lora()
+    ours = patched_copy(peft)
+    for model in (peft, ours):
+        first(model).lora_A["default"].weight.data = torch.empty(0)
     assert row(ours).fused  # outside of a forward every parameter is partitioned: that decides nothing
+    assert_ends_alike(first(ours), first(peft), inputs(3, WIDTH))
+    assert row(ours).reason == "lora_A.weight is [0], not its full shape: partitioned and not gathered"
+
+
+def test_l12_a_4bit_weight_that_was_not_gathered() -> None:
+    ours = patched_copy(lora(toy_4bit()))
+    first(ours).base_layer.weight.data = torch.empty(0, dtype=torch.uint8)
+    assert row(ours).fused  # as above
     with pytest.raises(RuntimeError):
         ours(inputs(3, WIDTH))
-    assert row(ours).reason == "lora_A.weight is [0], not its full shape: partitioned and not gathered"
+    assert row(ours).reason == "base_layer.weight is [0], not its full shape: partitioned and not gathered"
 
 
 class _Gathering(OrderedDict):  # type: ignore[type-arg]

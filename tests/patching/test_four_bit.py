@@ -1,4 +1,4 @@
-"""4-bit layers on a CPU: bitsandbytes' repacking in eval mode, misread rows, what its forward leaves behind.
+"""4-bit layers: bitsandbytes' repacking in eval mode on a CPU, misread rows, what its forward leaves behind.
 
 The halves that show PEFT going wrong run where bitsandbytes really repacks (CPUs with AVX512-BF16) or
 misreads (AVX-512); the halves that show ours to be right run everywhere.
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import DEVICE
 from torch import Tensor, nn
 
 import pyfastlora
@@ -28,9 +29,11 @@ from .models import (
     row,
     step,
     toy_4bit,
+    toy_8bit,
 )
 
 functional = pytest.importorskip("bitsandbytes.functional")
+REPACKS = pytest.mark.cpu_only("bitsandbytes repacks weights for its CPU kernel alone")
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
 
@@ -119,6 +122,7 @@ def test_the_switch_comes_back() -> None:
     assert first(twin).base_layer.support_avx512bf16_for_cpu is True
 
 
+@REPACKS
 @pytest.mark.parametrize(("quant_type", "nested"), FORMATS)
 def test_a_repacked_weight_is_undone(quant_type: str, nested: bool, caplog: pytest.LogCaptureFixture) -> None:
     x = inputs(4, WIDTH)
@@ -140,6 +144,7 @@ def test_a_repacked_weight_is_undone(quant_type: str, nested: bool, caplog: pyte
     assert base.state_dict().keys() == original.state_dict().keys()
 
 
+@REPACKS
 def test_a_weight_that_somebody_repacks_later_is_undone_at_the_call() -> None:
     peft = lora(toy_4bit(nested=False))
     ours = patched_copy(peft)
@@ -153,6 +158,7 @@ def test_a_weight_that_somebody_repacks_later_is_undone_at_the_call() -> None:
     assert row(ours).calls_fallback == 1
 
 
+@REPACKS
 def test_undoing_inside_inference_mode_leaves_a_weight_that_trains() -> None:
     ours = patched_copy(lora(toy_4bit()))
     with torch.inference_mode():
@@ -221,7 +227,7 @@ def test_the_compute_dtype_and_the_bias_are_set_as_bitsandbytes_sets_them(dtype:
 def test_autocast_on_4bit() -> None:
     peft = lora(toy_4bit(dtype=torch.bfloat16))
     ours = patched_copy(peft)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         assert_close(step(ours, inputs(4, WIDTH)), step(peft, inputs(4, WIDTH)), dtype=torch.bfloat16)
     assert row(ours).calls_fused == 1
 
@@ -237,3 +243,14 @@ def test_peft_itself_runs_on_4bit_where_a_condition_fails(config: dict[str, Any]
     mine, theirs = step(first(ours), inputs(4, WIDTH)), step(first(peft), inputs(4, WIDTH))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert row(ours).reason == "a forward hook sits on base_layer"
+
+
+@pytest.mark.parametrize("build", [toy_4bit, toy_8bit], ids=["4-bit", "8-bit"])
+def test_a_base_layer_that_was_replaced_is_pefts(build: Any) -> None:
+    peft = lora(build())
+    dense_layer = nn.Linear(WIDTH, HIDDEN)
+    first(peft).base_layer = dense_layer
+    ours = patched_copy(peft)
+    x = inputs(4, WIDTH)
+    assert_close({"y": ours(x)}, {"y": peft(x)})
+    assert "the base layer is a Linear, not" in row(ours).reason

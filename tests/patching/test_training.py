@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import DEVICE, bitsandbytes
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -30,7 +31,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def llama(packed: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+def llama(
+    packed: bool = False, dtype: torch.dtype = torch.float32, storage: torch.dtype = torch.uint8
+) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97,
@@ -44,12 +47,13 @@ def llama(packed: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module
     )
     model = LlamaForCausalLM(config).to(dtype)
     if packed:
-        quantise(model, dtype)
+        quantise(model, dtype, storage)
     return model
 
 
-def quantise(model: nn.Module, dtype: torch.dtype) -> None:
+def quantise(model: nn.Module, dtype: torch.dtype, storage: torch.dtype = torch.uint8) -> None:
     """What from_pretrained(load_in_4bit) makes of a model, without files."""
+    bnb = bitsandbytes()
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     settings = BitsAndBytesConfig(
@@ -57,18 +61,18 @@ def quantise(model: nn.Module, dtype: torch.dtype) -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
     dense = copy.deepcopy(model.state_dict())
     replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=settings)
-    import bitsandbytes as bnb
-
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            options = {"quant_type": "nf4", "compress_statistics": True, "module": module}
-            module.weight = bnb.nn.Params4bit(dense[f"{name}.weight"], requires_grad=False, **options)
+            options = {"quant_type": "nf4", "compress_statistics": True, "quant_storage": storage}
+            dense_weight = dense[f"{name}.weight"]
+            module.weight = bnb.nn.Params4bit(dense_weight, requires_grad=False, module=module, **options)
             if module.bias is not None:
                 module.bias = nn.Parameter(dense[f"{name}.bias"])
-            module.to("cpu")
+            module.to(DEVICE)
     model.is_loaded_in_4bit = True
 
 
@@ -79,12 +83,13 @@ def adapted(model: nn.Module, **config: Any) -> nn.Module:
 
 def losses(model: nn.Module, autocast: torch.dtype | None = None, evaluate: bool = False) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    tokens = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(4))
+    drawn = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(4), device="cpu")
+    tokens = drawn.to(DEVICE)
     torch.manual_seed(11)
     found = []
     for _ in range(STEPS):
         model.train()
-        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with torch.autocast(DEVICE.type, autocast or torch.bfloat16, enabled=autocast is not None):
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import rng_state
 from peft.tuners.lora import Linear
 from torch import Tensor
 
@@ -87,11 +88,11 @@ def test_the_model_and_the_generators_are_undisturbed(training: bool) -> None:
     first(model).register_forward_hook(lambda *_: seen.append("called"))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     torch.manual_seed(7)
-    state = torch.get_rng_state()
+    state = rng_state()
     with torch.no_grad(), torch.inference_mode():
         found = pyfastlora.patch(model, verify=True)
     assert found.fused == 2 and not seen
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
     assert all(module.training is training for module in model.modules())
     for name, parameter in model.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
