@@ -2,9 +2,11 @@
 //
 // pyfastlora/host.py builds it, separately from the kernels, and holds a Python version of every function
 // here.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -68,10 +70,94 @@ py::dict cpu_features() {
     return found;
 }
 
+// ---- packing ---------------------------------------------------------------
+
+// A set of numbers below a bound, with its least member from a number on: 64 to a word, words above words.
+class Numbers {
+  public:
+    explicit Numbers(int64_t bound) {
+        do {
+            bound = (bound + 63) / 64;
+            levels_.emplace_back(static_cast<size_t>(bound), 0);
+        } while (bound > 1);
+    }
+    void insert(int64_t n) {
+        for (auto& level : levels_) {
+            level[static_cast<size_t>(n >> 6)] |= uint64_t{1} << (n & 63);
+            n >>= 6;
+        }
+    }
+    void erase(int64_t n) {
+        for (auto& level : levels_) {
+            uint64_t& word = level[static_cast<size_t>(n >> 6)];
+            word &= ~(uint64_t{1} << (n & 63));
+            if (word) return;
+            n >>= 6;
+        }
+    }
+    // -1: there is none.
+    int64_t from(int64_t n) const {
+        for (size_t level = 0; level < levels_.size(); ++level, n = (n >> 6) + 1) {
+            if (n >> 6 >= static_cast<int64_t>(levels_[level].size())) return -1;
+            const uint64_t word = levels_[level][static_cast<size_t>(n >> 6)] >> (n & 63);
+            if (!word) continue;
+            n += __builtin_ctzll(word);
+            while (level-- > 0) n = n << 6 | __builtin_ctzll(levels_[level][static_cast<size_t>(n)]);
+            return n;
+        }
+        return -1;
+    }
+
+  private:
+    std::vector<std::vector<uint64_t>> levels_;
+};
+
+// The row of each sample: best-fit decreasing, as pyfastlora/host.py defines it. A row with room is linked to
+// the others with as much.
+void best_fit_rows(const int64_t* lengths, int64_t count, int64_t capacity, int64_t most, int64_t* rows) {
+    std::vector<int64_t> starts(static_cast<size_t>(capacity) + 2, 0), order(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) ++starts[static_cast<size_t>(capacity - lengths[i]) + 1];
+    for (size_t f = 1; f < starts.size(); ++f) starts[f] += starts[f - 1];
+    for (int64_t i = 0; i < count; ++i)
+        order[static_cast<size_t>(starts[static_cast<size_t>(capacity - lengths[i])]++)] = i;
+    std::vector<int64_t> latest(static_cast<size_t>(capacity) + 1, -1), before, documents;
+    Numbers rooms(capacity + 1);
+    for (const int64_t i : order) {
+        int64_t room = rooms.from(lengths[i]), row;
+        if (room < 0) {
+            row = static_cast<int64_t>(before.size()), room = capacity;
+            before.push_back(-1), documents.push_back(0);
+        } else {
+            row = latest[static_cast<size_t>(room)];
+            latest[static_cast<size_t>(room)] = before[static_cast<size_t>(row)];
+            if (latest[static_cast<size_t>(room)] < 0) rooms.erase(room);
+        }
+        rows[i] = row;
+        room -= lengths[i];
+        if (room == 0 || ++documents[static_cast<size_t>(row)] == most) continue;
+        before[static_cast<size_t>(row)] = latest[static_cast<size_t>(room)];
+        latest[static_cast<size_t>(room)] = row;
+        rooms.insert(room);
+    }
+}
+
+using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+py::array_t<int64_t> best_fit(const Lengths& lengths, int64_t capacity, int64_t most) {
+    py::array_t<int64_t> rows(lengths.size());
+    const int64_t* in = lengths.data();
+    int64_t* out = rows.mutable_data();
+    const py::gil_scoped_release unlocked;
+    best_fit_rows(in, lengths.size(), capacity, most, out);
+    return rows;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
     m.doc() = "Data-side loops of pyfastlora; use them through pyfastlora.host.";
     m.def("cpu_features", &cpu_features,
           "x86 instruction sets by their /proc/cpuinfo names; empty elsewhere.");
+    m.def("best_fit", &best_fit, py::arg("lengths"), py::arg("capacity"), py::arg("most"),
+          "The row of each sample, best-fit decreasing; lengths from 1 to capacity.");
 }

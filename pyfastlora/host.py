@@ -14,8 +14,13 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from pyfastlora import _jit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger("pyfastlora")
 
@@ -57,6 +62,61 @@ def cpu_features_reference(cpuinfo: str = "/proc/cpuinfo") -> dict[str, bool]:
         return {}
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
     return {} if flags is None else {name: name in flags for name in X86_FEATURES}
+
+
+def best_fit(lengths: NDArray[np.int64], capacity: int, most: int = 0) -> NDArray[np.int64]:
+    """The row [N] of each of N samples, so that the lengths in a row add up to at most `capacity`.
+
+    Best-fit decreasing (Johnson 1973): the longest sample first, those of one length in the order given,
+    each into the row with the least room that has enough, of several the one that came to that room last, or
+    into a new row. At most `most` samples to a row; 0: any number. Raises ValueError for lengths that are not
+    a vector of numbers from 1 to `capacity`.
+    """
+    import numpy as np
+
+    lengths = np.asarray(lengths)
+    if lengths.ndim != 1 or (lengths.size and not np.issubdtype(lengths.dtype, np.integer)):
+        found = f"{lengths.dtype} {list(lengths.shape)}"
+        raise ValueError(f"best_fit: lengths must be a vector of integers; got {found}")
+    if capacity < 1:
+        raise ValueError(f"best_fit: capacity must be at least 1; got {capacity}")
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
+        raise ValueError(
+            f"best_fit: lengths must be from 1 to capacity {capacity}; "
+            f"got {lengths.min()} to {lengths.max()}"
+        )
+    module = compiled()
+    run = module.best_fit if module else best_fit_reference
+    rows: NDArray[np.int64] = run(lengths.astype(np.int64), capacity, most)
+    return rows
+
+
+def best_fit_reference(lengths: NDArray[np.int64], capacity: int, most: int) -> NDArray[np.int64]:
+    """`best_fit` without the compiled module: the same rows, some fifty times slower."""
+    import numpy as np
+
+    rows = np.empty(len(lengths), np.int64)
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by their room
+    rooms = 0  # a bit for each room that some row has
+    documents: list[int] = []
+    sizes: list[int] = lengths.tolist()
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        fitting = rooms >> sizes[i]
+        if fitting:
+            room = sizes[i] + (fitting & -fitting).bit_length() - 1
+            row = waiting[room].pop()
+            if not waiting[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(documents)
+            documents.append(0)
+        rows[i] = row
+        room -= sizes[i]
+        documents[row] += 1
+        if room and documents[row] != most:
+            waiting[room].append(row)
+            rooms |= 1 << room
+    return rows
 
 
 def compiled() -> ModuleType | None:

@@ -147,6 +147,12 @@ class DataKeys(Keys):
     pad_to_sequence_len: bool = Field(
         False, description="true: pad to sequence_len, not to the longest of the batch"
     )
+    sample_packing: bool | Literal["auto"] = Field(
+        False, description="several samples to a row of sequence_len; auto: if the model keeps them apart"
+    )
+    eval_sample_packing: bool | None = Field(
+        None, description="the same for what is held out (default: as sample_packing)"
+    )
     group_by_length: bool = Field(False, description="batch samples of similar length: less padding")
     dataloader_num_workers: Int = Field(0, ge=0, description="processes that build batches")
 
@@ -328,6 +334,15 @@ def _field_is_for_completion(c: Config) -> Iterator[Conflict]:
                 yield (f"{section}[{i}].field",), f"field goes with type: completion; got type: {d.type}"
 
 
+def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
+    if c.sample_packing and c.group_by_length:
+        keys = ("sample_packing", "group_by_length")
+        yield keys, "packed rows are all of one length; keep sample_packing or group_by_length"
+    if c.eval_sample_packing and not c.sample_packing:
+        keys = ("eval_sample_packing", "sample_packing")
+        yield keys, "eval_sample_packing: true goes with sample_packing: true"
+
+
 RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _bits_fit_adapter,
     _something_is_adapted,
@@ -337,4 +352,5 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _strategy_fits_steps,
     _one_held_out_set,
     _field_is_for_completion,
+    _packed_or_grouped,
 )

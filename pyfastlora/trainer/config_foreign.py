@@ -15,8 +15,7 @@ _NO_SERVICE = "metrics go to log.jsonl in output_dir, to no service; remove the 
 _ATTENTION = "say attn_implementation: {} instead"
 
 REFUSED: dict[str, str] = {
-    "sample_packing": "samples are batched with padding, never packed; set it to false",
-    "eval_sample_packing": "samples are batched with padding, never packed; set it to false",
+    "max_packed_sequence_len": "say sequence_len and sample_packing: true",
     "load_in_8bit": "the base is dense (adapter: lora) or 4-bit (adapter: qlora)",
     "gptq": "the base is dense (adapter: lora) or 4-bit (adapter: qlora)",
     "lora_model_dir": "training starts from a fresh adapter; remove the key",
@@ -58,6 +57,7 @@ REFUSED: dict[str, str] = {
 }
 
 _KERNELS = "every adapted linear is fused where it can be; see the kernel report"
+_PACKING = "all samples are packed at once, and counted: nothing has to be estimated"
 _CLASS = "the class is read from the files of base_model"
 
 EXPLAINED: dict[str, str] = {
@@ -73,6 +73,10 @@ EXPLAINED: dict[str, str] = {
     "is_llama_derived_model": _CLASS,
     "is_mistral_derived_model": _CLASS,
     "is_falcon_derived_model": _CLASS,
+    "sample_packing_eff_est": _PACKING,
+    "total_num_tokens": _PACKING,
+    "sample_packing_group_size": _PACKING,
+    "sample_packing_bin_size": _PACKING,
     "save_safetensors": "adapters are saved as safetensors",
 }
 

@@ -273,6 +273,7 @@ def _siblings(path: yaml_lines.Path) -> list[str]:
 _UNIONS = {
     "bf16": "true, false, auto or full",
     "tf32": "true, false or auto",
+    "sample_packing": "true, false or auto",
     "lora_target_modules": "a list of module names, or one regular expression",
     "data_files": "a file name or a list of them",
 }

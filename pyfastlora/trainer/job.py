@@ -7,6 +7,7 @@ the run directory appears when training can start.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 import warnings
@@ -21,7 +22,12 @@ from pyfastlora.trainer.errors import ConfigError, UserError
 from pyfastlora.trainer.run_dir import RunDir
 
 if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
     from pyfastlora import PatchReport
+    from pyfastlora.trainer.config import Config
+    from pyfastlora.trainer.data.prepare import PreparedData
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,11 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     console.say(f"{device}, {precision}")
     report = pyfastlora.patch(model) if config.fastlora else None
-    console.say(str(report) if report is not None else "fastlora: false: every module runs PEFT's forward")
+    console.say(_before_training(report))
+
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if config.sample_packing and _keeps_apart(model, config, pad_id, device, console):
+        data = _packed(data, config, console)
 
     run_dir.create(loaded)
     kernels = _save_kernels(run_dir, report)
@@ -82,7 +92,6 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         "start", {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
     )
     progress = _Progress(run_dir, console)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     trainer = make_trainer(model, data, config, precision, device, pad_id, progress)
     started = time.perf_counter()
     with progress.shown():
@@ -94,7 +103,9 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     model.save_pretrained(str(run_dir.path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:
-        kernels = _save_kernels(run_dir, pyfastlora.report(model))  # with the calls of the run
+        report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
+        kernels = _save_kernels(run_dir, report)
+        console.say(str(report))
     result = Result(
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )
@@ -103,6 +114,48 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; adapter saved in {run_dir.path}"
     )
     return result
+
+
+def _keeps_apart(
+    model: PeftModel, config: Config, pad_id: int, device: torch.device, console: Console
+) -> bool:
+    """Whether the model can be trained on packed rows.
+
+    Raises UserError where that was demanded and it cannot.
+    """
+    from pyfastlora.trainer.packing import LEAKS, leak
+    from pyfastlora.trainer.training import collator_of
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    found = leak(model, collator_of(config, pad_id).packed, vocabulary, device)
+    if found <= LEAKS:
+        return True
+    sentence = (
+        f"a document changes with the one before it in its row (by {found:.2g} of the logits' spread): "
+        f"{model.config.model_type} does not keep packed samples apart"
+    )
+    if config.sample_packing is True:
+        raise UserError(f"sample_packing: {sentence}; set it to auto or false")
+    console.say(f"not packed: {sentence}")
+    return False
+
+
+def _packed(data: PreparedData, config: Config, console: Console) -> PreparedData:
+    from pyfastlora.trainer.packing import PackedRows
+
+    train = PackedRows.of(data.train, config.sequence_len, config.seed)
+    console.say(f"packed: {train.packing}")
+    report = data.report | {"packing": train.packing.to_dict()}
+    held_out = data.held_out
+    if held_out is not None and config.eval_sample_packing is not False:
+        held_out = PackedRows.of(held_out, config.sequence_len, config.seed)
+    return dataclasses.replace(data, train=train, held_out=held_out, report=report)
+
+
+def _before_training(report: PatchReport | None) -> str:
+    if report is None:
+        return "fastlora: false: every module runs PEFT's forward"
+    return report.summary() if report.fused == report.total else str(report)
 
 
 def _save_kernels(run_dir: RunDir, report: PatchReport | None) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.errors import UserError
+from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
 
 
@@ -54,7 +55,7 @@ def make_trainer(
     trainer = FastloraTrainer(
         model=model,
         args=_arguments(config, precision, device, len(data.train), data.held_out is not None),
-        data_collator=PaddingCollator(pad_id, config.sequence_len if config.pad_to_sequence_len else None),
+        data_collator=collator_of(config, pad_id),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         callbacks=[_Steps(listener)],
@@ -62,6 +63,13 @@ def make_trainer(
     trainer.listener = listener
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def collator_of(config: Config, pad_id: int) -> Collator:
+    """What makes batches of rows."""
+    pad_to = config.sequence_len if config.pad_to_sequence_len else None
+    flat = (config.attn_implementation or "").startswith("flash")
+    return Collator(PaddingCollator(pad_id, pad_to), PackedCollator(pad_id, pad_to, flat))
 
 
 class FastloraTrainer(Trainer):
@@ -79,8 +87,8 @@ class FastloraTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        counted = (inputs["attention_mask"].sum(), (inputs["labels"][:, 1:] != IGNORED).sum())
-        self._counts += torch.stack(counted).to(self._counts.device)
+        counted = (inputs.pop("tokens"), (inputs["labels"][:, 1:] != IGNORED).sum())
+        self._counts += torch.stack([count.to(self._counts.device) for count in counted])
         return super().training_step(model, inputs, num_items_in_batch)
 
     def evaluate(
@@ -94,6 +102,7 @@ class FastloraTrainer(Trainer):
         with torch.no_grad():
             for batch in self.get_eval_dataloader(eval_dataset):
                 inputs = self._prepare_inputs(batch)
+                inputs.pop("tokens")
                 tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
                 totals += torch.stack([self.model(**inputs).loss.double() * tokens, tokens.double()])
         loss, tokens = self.accelerator.reduce(totals, "sum").tolist()

@@ -123,10 +123,10 @@ def test_missing_keys(mistakes):
             "must be a list of module names, or one regular expression; got a mapping",
         ),
         ("datasets: []", "cfg.yaml:8: datasets: given twice"),
-        (
-            "sample_packing: true",
-            "cfg.yaml:8: sample_packing: true cannot be had: samples are batched with padding",
-        ),
+        ("sample_packing: often", "cfg.yaml:8: sample_packing must be true, false or auto; got"),
+        ("sample_packing: true\ngroup_by_length: true", "keep sample_packing or group_by_length"),
+        ("eval_sample_packing: true", "eval_sample_packing: true goes with sample_packing: true"),
+        ("max_packed_sequence_len: 2048", "say sequence_len and sample_packing: true"),
     ],
 )
 def test_one_mistake(mistakes, extra, sentence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,9 @@ def test_trains_and_saves(config, tmp_path, adapter, fastlora):
     assert after < before - 0.3
     assert "step 6/6: loss" in output and "held-out loss" in output
     assert (out / "kernels.json").exists() == (out / "kernels.txt").exists() == (fastlora == "true")
+    if fastlora == "true":  # with the groups that training found, and how often each ran
+        report = (out / "kernels.txt").read_text().strip()
+        assert report in output and re.search(r"q_proj.* fused group q_proj, k_proj, v_proj .* [1-9]", report)
 
     from peft import PeftModel
 

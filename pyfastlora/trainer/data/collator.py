@@ -14,9 +14,11 @@ from pyfastlora.trainer.data.tokenise import IGNORED
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Rows with input_ids and labels to input_ids, labels and attention_mask [B, T], all int64.
+    """Rows with input_ids and labels to input_ids, labels and attention_mask [B, T], all int64, and the
+    number of tokens.
 
-    T is the longest row, or pad_to where given. pad_id may be any id: attention and loss never look at it.
+    T is the longest row, or pad_to where given. pad_id may be any id: attention and loss never look at it. A
+    first token has nothing to be predicted from and counts as not trained on.
     """
 
     pad_id: int
@@ -31,6 +33,6 @@ class PaddingCollator:
         for i, row in enumerate(rows):
             n = len(row["input_ids"])
             input_ids[i, :n] = torch.as_tensor(row["input_ids"])
-            labels[i, :n] = torch.as_tensor(row["labels"])
+            labels[i, 1:n] = torch.as_tensor(row["labels"][1:])
             mask[i, :n] = 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "tokens": mask.sum()}

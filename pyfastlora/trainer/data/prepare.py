@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from pyfastlora.trainer.packing import PackedRows
+
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Columns input_ids, labels and length; held_out is None where nothing is held out."""
+    """Columns input_ids, labels and length, or rows of packed samples; held_out is None where nothing is."""
 
-    train: Dataset
-    held_out: Dataset | None
+    train: Dataset | PackedRows
+    held_out: Dataset | PackedRows | None
     report: dict[str, Any]
 
     def lines(self) -> list[str]:
