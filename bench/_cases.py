@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,14 +19,27 @@ from torch import Tensor
 from pyfastlora.ops import DropoutMask, Packed4bit, all_ops, dropout_mask
 from pyfastlora.ops.dequant_4bit import code
 
-# W [O, I] of the linears of 1B and 8B models: q and o of a 1B, q and o of an 8B, down of an 8B.
-WEIGHTS = [(2048, 2048), (4096, 4096), (4096, 14336)]
-# x [T, I]: 512 tokens into those linears.
-ACTIVATIONS = [(512, 2048), (512, 4096), (512, 14336)]
-DTYPES = [torch.bfloat16, torch.float32]
+# Set on a pytest config by `bench.ops`: takes rows as they are measured, by the device's stopwatch.
+TAKE_ROW = pytest.StashKey[Callable[[dict[str, Any]], None]]()
+DEVICE = torch.device(os.environ.get("FASTLORA_BENCH_DEVICE", "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+BF16, FP32 = torch.bfloat16, torch.float32
+# W [O, I] and x [T, I] of the linears of 1B and 8B models; on a GPU, where tensors below 10 MB measure
+# launches, of 8B and 70B. PAIRS: of x and of a factor; adapters are float32 under autocast, or have the
+# base's dtype. LIMITS: elements of W above which a variant takes seconds a call; references copy it to int64.
+if ON_GPU:
+    WEIGHTS = [(4096, 4096), (14336, 4096), (28672, 8192)]
+    ACTIVATIONS = [(512, 4096), (8192, 4096), (8192, 14336)]
+    DTYPES, PAIRS = [BF16], [(BF16, BF16), (BF16, FP32)]
+    THREADS = [torch.get_num_threads()]
+    LIMITS = {"reference": 4096 * 4096}
+else:
+    WEIGHTS = [(2048, 2048), (4096, 4096), (4096, 14336)]
+    ACTIVATIONS = [(512, 2048), (512, 4096), (512, 14336)]
+    DTYPES, PAIRS = [BF16, FP32], [(BF16, BF16), (BF16, FP32), (FP32, FP32)]
+    THREADS = sorted({1, torch.get_num_threads()})
+    LIMITS = {"reference": 2048 * 2048, "PEFT": 4096 * 4096}
 RANK = 16
-# Elements of W above which a variant takes seconds a call: references make int64 and float32 copies of it.
-LIMITS = {"reference": 2048 * 2048, "PEFT": 4096 * 4096}
 
 
 def short(value: object) -> str:
@@ -47,8 +62,9 @@ def ours(op: str) -> list[str]:
 
 
 def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Normally distributed values, the same for a seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """Normally distributed values on `DEVICE`, the same for a seed."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
 
 
 def mask_for(x: Tensor, p: float = 0.1) -> DropoutMask:
@@ -59,19 +75,19 @@ def mask_for(x: Tensor, p: float = 0.1) -> DropoutMask:
 @functools.lru_cache(maxsize=2)
 def nf4(shape: tuple[int, int], dtype: torch.dtype, blocksize: int = 64) -> Packed4bit:
     """A double-quantised NF4 weight of random nibbles and scales, as QLoRA stores it."""
-    generator = torch.Generator().manual_seed(0)
+    here: Any = {"generator": torch.Generator(DEVICE).manual_seed(0), "device": DEVICE}
     count = shape[0] * shape[1]
     blocks = count // blocksize
     return Packed4bit(
-        torch.randint(256, (count // 2,), dtype=torch.uint8, generator=generator),
-        torch.randint(256, (blocks,), dtype=torch.uint8, generator=generator),
+        torch.randint(256, (count // 2,), dtype=torch.uint8, **here),
+        torch.randint(256, (blocks,), dtype=torch.uint8, **here),
         shape,
         dtype,
         blocksize,
         "nf4",
-        nested_code=torch.rand(256, generator=generator).sort().values,
-        nested_absmax=torch.rand(-(-blocks // 256), generator=generator) * 0.05,
-        nested_offset=torch.tensor([0.05]),
+        nested_code=torch.rand(256, **here).sort().values,
+        nested_absmax=torch.rand(-(-blocks // 256), **here) * 0.05,
+        nested_offset=torch.tensor([0.05], device=DEVICE),
     )
 
 

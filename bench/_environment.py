@@ -15,6 +15,7 @@ from bench._bandwidth import copy_gb_s
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy")
 ROOT = Path(__file__).parents[1]
+MEASURED = ("pyfastlora", "csrc", "kernels_triton", "bench/*.py")  # what a figure depends on
 
 
 def environment() -> dict[str, Any]:
@@ -46,6 +47,37 @@ def environment() -> dict[str, Any]:
     }
 
 
+def gpu_environment() -> dict[str, Any]:
+    """JSON-ready, of the current GPU; of the CPU in its place where there is none."""
+    import torch
+
+    import pyfastlora
+
+    there = torch.cuda.is_available()
+    chip = torch.cuda.get_device_properties(0) if there else None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "gpu": chip.name if chip else cpu_model(),
+        "arch": f"sm_{chip.major}{chip.minor}"
+        if chip and torch.version.cuda
+        else getattr(chip, "gcnArchName", ""),
+        "multiprocessors": chip.multi_processor_count if chip else 0,
+        "memory_gb": round(chip.total_memory / 1e9, 1) if chip else _memory_gb(),
+        "l2_mb": round(chip.L2_cache_size / 1e6, 1) if chip else 0,
+        "driver": _said(r"([\d.]+)", "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cuda": torch.version.cuda or torch.version.hip or "none",
+        "nvcc": _said(r"V([\d.]+)", "nvcc", "--version"),
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+        "pyfastlora": pyfastlora.__version__,
+        **{name: _version(name) for name in (*PACKAGES, "triton", "liger-kernel")},
+        "commit": _commit(),
+        "load": load(),
+    }
+
+
 def load() -> list[float]:
     """Runnable processes over the last 1, 5 and 15 minutes; empty where the system does not say."""
     return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else []
@@ -67,12 +99,28 @@ def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
 
 
 def slug(found: dict[str, Any]) -> str:
-    """The folder of a machine's results: "amd-epyc-9r45-2-cores"."""
+    """The folder of a machine's results: "amd-epyc-9r45-avx512-2-cores"; a hypervisor may hide a level."""
     name = re.sub(
         r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|\d+-Core\b|@.*", " ", found["cpu"], flags=re.IGNORECASE
     )
     words = re.findall(r"[a-z0-9]+", name.lower()) or [found["architecture"]]
+    words += re.findall(r"^\w+$", found["kernels"])  # not where it says why there are none
     return "-".join([*words, str(found["cores"]), "core" if found["cores"] == 1 else "cores"])
+
+
+def gpu_slug(found: dict[str, Any]) -> str:
+    """The folder of a GPU's results: "nvidia-h200"."""
+    return "-".join(re.findall(r"[a-z0-9]+", found["gpu"].lower())) or "gpu"
+
+
+def _said(pattern: str, *command: str) -> str:
+    """What a program's output has for the pattern; "unknown" without it."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    match = re.search(pattern, done.stdout)
+    return match[1] if match else "unknown"
 
 
 def _version(package: str) -> str:
@@ -86,9 +134,7 @@ def _commit() -> str:
     """Of the checkout, with "+" where tracked files of the library or the benchmarks differ from it."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git(
-            "status", "--porcelain", "--untracked-files=no", "--", "pyfastlora", "csrc", "bench/*.py"
-        )
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")

@@ -1,9 +1,9 @@
 """The files of `bench/results`: one JSON per benchmark and machine, written here and read here.
 
-    {"schema": 1, "kind": "adapter_tax" | "ops", "environment": {..}, "settings": {..}, "rows": [{..}, ..]}
+    {"schema": 1, "kind": "adapter_tax", "environment": {..}, "settings": {..}, "rows": [{..}, ..]}
 
 A row says what was measured (its identity: strings and numbers) and what came out: `Spread.to_dict()`s of
-milliseconds and of ratios.
+milliseconds and of ratios. Rows of kind "gpu" also say which step of `bench.gpu` they are of.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from bench._environment import ROOT, slug
 
 SCHEMA = 1
-KINDS = ("adapter_tax", "ops")
+KINDS = ("adapter_tax", "ops", "basics", "gpu")
 HOME = ROOT / "bench" / "results"
 
 

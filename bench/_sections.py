@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bench import _gpu_page
 from bench._results import Results
 from bench._tables import markdown
 from bench._targets import DEQUANT_OVER_MEMCPY, DORA_NORM_MS, HOST, TAXES
@@ -20,6 +21,11 @@ TAX = (
     "base alone (forward and dx, same dtypes, same autocast). Base, PEFT and ours run in turn; ratios are "
     "taken in every round, medians are quoted. In `bf16+fp32` the base is bfloat16, the adapters are float32."
 )
+BASICS = (
+    "Seconds of processes that start, medians; the quickstart trains its base model first. What a layer with "
+    "float32 adapters keeps for its backward pass, beyond its input and its parameters, is counted in units "
+    "of that input, in bfloat16."
+)
 LEVELS = {
     "layer": "One linear layer, {width} x {width}, r = {rank}",
     "model": "A Llama of {layers} layers, {hidden} wide, {batch} x {length} tokens, all linears, r = {rank}",
@@ -27,8 +33,10 @@ LEVELS = {
 Row = dict[str, Any]
 
 
-def page(found: dict[str, Results], plots: dict[str, str]) -> str:
+def page(found: dict[str, Results], plots: dict[str, list[str]]) -> str:
     """The README of one machine's folder. found: by kind; plots: file names by kind."""
+    if "gpu" in found:
+        return _gpu_page.page(found["gpu"], plots.get("gpu", []))
     environment = next(iter(found.values())).environment
     parts = [
         f"# {machine(environment)}",
@@ -41,6 +49,8 @@ def page(found: dict[str, Results], plots: dict[str, str]) -> str:
         parts += _taxes(found["adapter_tax"], plots)
     if "ops" in found:
         parts += _ops(found["ops"], plots)
+    if "basics" in found:
+        parts += ["## What is waited for, and what is kept", BASICS, basics_table(found["basics"].rows)]
     targets = _targets(found)
     if targets:
         parts += ["## Beside the targets", *targets]
@@ -55,6 +65,11 @@ def readme_block(pages: Mapping[str, dict[str, Results]]) -> str:
     parts: list[str] = []
     for link, found in pages.items():
         environment = next(iter(found.values())).environment
+        if "gpu" in found:
+            versions = f"torch {environment['torch']}, peft {environment['peft']}"
+            parts.append(f"[{environment['gpu']}]({link}), {versions}, {environment['date'].split()[0]}:")
+            parts.append(_gpu_page.summary(found["gpu"]))
+            continue
         packages = ", ".join(f"{name} {environment[name]}" for name in ("torch", "peft", "bitsandbytes"))
         parts.append(f"[{machine(environment)}]({link}), {packages}, {environment['date'].split()[0]}:")
         if "adapter_tax" in found:
@@ -68,6 +83,10 @@ def readme_block(pages: Mapping[str, dict[str, Results]]) -> str:
             parts += [
                 line for line in (_dequant_line(found["ops"].rows), _norm_line(found["ops"].rows)) if line
             ]
+        if "basics" in found:
+            parts.append(_basics_line(found["basics"].rows))
+        if "adapter_tax" in found and (lines := _target_taxes(found["adapter_tax"].rows)):
+            parts.append(_reached_line(lines, link))
     return "\n\n".join(parts)
 
 
@@ -97,11 +116,11 @@ def _environments(found: dict[str, Results]) -> str:
 # ---- adapter tax ------------------------------------------------------------------------------------------
 
 
-def _taxes(results: Results, plots: dict[str, str]) -> Iterator[str]:
+def _taxes(results: Results, plots: dict[str, list[str]]) -> Iterator[str]:
     yield "## Adapter tax"
     yield TAX
     if "adapter_tax" in plots:
-        yield f"![Adapter tax of PEFT and of this library]({plots['adapter_tax']})"
+        yield f"![Adapter tax of PEFT and of this library]({plots['adapter_tax'][0]})"
     for level, title in LEVELS.items():
         for config in dict.fromkeys(row["config"] for row in results.rows if row["level"] == level):
             yield f"### {title.format(**results.settings)}: {config}"
@@ -164,7 +183,7 @@ def _tokens(rows: Sequence[Row], level: str) -> list[int]:
 # ---- ops --------------------------------------------------------------------------------------------------
 
 
-def _ops(results: Results, plots: dict[str, str]) -> Iterator[str]:
+def _ops(results: Results, plots: dict[str, list[str]]) -> Iterator[str]:
     yield "## Ops"
     yield (
         "Milliseconds, and in brackets the share of a copy's bandwidth: the bytes the op has to read and "
@@ -172,7 +191,7 @@ def _ops(results: Results, plots: dict[str, str]) -> Iterator[str]:
         "dense are floors, which do less than the op."
     )
     if "ops" in plots:
-        yield f"![Share of a copy's bandwidth]({plots['ops']})"
+        yield f"![Share of a copy's bandwidth]({plots['ops'][0]})"
     for op in dict.fromkeys(row["op"] for row in results.rows):
         chosen = [row for row in results.rows if row["op"] == op]
         variants = list(dict.fromkeys(row["variant"] for row in chosen))
@@ -234,6 +253,28 @@ def _threads(row: Row) -> str:
     return f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
 
 
+# ---- basics -----------------------------------------------------------------------------------------------
+
+
+def basics_table(rows: Sequence[Row]) -> str:
+    """A line per figure of `bench.basics`, beside its target."""
+
+    def text(value: float | None, unit: str) -> str:
+        return "" if value is None else f"{value:.3g} {unit}".rstrip()
+
+    lines = [
+        [row["what"], text(row["value"]["median"], row["unit"]), text(row["at_most"], row["unit"])]
+        for row in rows
+    ]
+    return markdown(["figure", "here", "target, at most"], lines)
+
+
+def _basics_line(rows: Sequence[Row]) -> str:
+    """The times, for the project's README."""
+    seconds = {row["what"]: row["value"]["median"] for row in rows if row["unit"] == "s"}
+    return "Seconds: " + ", ".join(f"{what} {value:.3g}" for what, value in seconds.items()) + "."
+
+
 # ---- targets ----------------------------------------------------------------------------------------------
 
 
@@ -268,6 +309,15 @@ def _targets(found: dict[str, Results]) -> list[str]:
     if lines:
         parts.append(markdown(["op", "target, at most", "here"], lines))
     return parts
+
+
+def _reached_line(lines: Sequence[Sequence[str]], link: str) -> str:
+    """How many of the targets were reached, for the project's README."""
+    reached = sum(float(line[-1].rstrip(NOISY)) <= float(line[3]) for line in lines)
+    return (
+        f"Of {len(lines)} target taxes, set for {HOST}, {reached} are reached on this machine "
+        f"([all of them]({link}#beside-the-targets))."
+    )
 
 
 def _target_taxes(rows: Sequence[Row]) -> list[list[str]]:

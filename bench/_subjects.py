@@ -45,9 +45,9 @@ class Config:
     adapter: torch.dtype
     autocast: bool = False
 
-    def context(self) -> contextlib.AbstractContextManager[Any]:
+    def context(self, device: str = "cpu") -> contextlib.AbstractContextManager[Any]:
         """What the forward pass runs in."""
-        return torch.autocast("cpu", torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        return torch.autocast(device, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
 
 CONFIGS = {
@@ -100,7 +100,9 @@ class Subject:
 
 
 def linear(feature: Feature, config: Config, tokens: int, sizes: Sizes) -> Subject:
-    """One linear layer; x requires grad, so the backward pass gives dx and every adapter gradient."""
+    """One linear layer on the default device; x requires grad, so the backward pass gives dx and every
+    adapter gradient.
+    """
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(sizes.width, sizes.width, bias=False, dtype=config.base)).requires_grad_(
         False
@@ -109,11 +111,11 @@ def linear(feature: Feature, config: Config, tokens: int, sizes: Sizes) -> Subje
     dy = torch.randn(tokens, sizes.width)
 
     def run_of(model: nn.Module, layer: nn.Module) -> Callable[[], Tensor]:
-        with config.context():
+        with config.context(x.device.type):
             grad = dy.to(layer(x).dtype)
 
         def run() -> Tensor:
-            with config.context():
+            with config.context(x.device.type):
                 y: Tensor = layer(x)
             y.backward(grad)
             _drop_grads(model, x)
@@ -171,15 +173,20 @@ def llama(feature: Feature, config: Config, tokens: int, sizes: Sizes) -> Subjec
 def _adapted(
     base: nn.Module, targets: list[str] | str, feature: Feature, config: Config, sizes: Sizes
 ) -> Any:
-    """A PEFT model on a copy of `base`, in training mode, no factor zero and no magnitude the norm."""
-    from peft import LoraConfig, get_peft_model
-
+    """A PEFT model on a copy of `base`."""
     model = deepcopy(base)
     if feature.four_bit:
-        _quantise(model, config.base)
+        quantise(model, config.base)
+    return adapt(model, targets, feature, config.adapter, sizes.rank)
+
+
+def adapt(model: nn.Module, targets: list[str] | str, feature: Feature, dtype: torch.dtype, rank: int) -> Any:
+    """A PEFT model around `model`, in training mode, no factor zero and no magnitude the norm."""
+    from peft import LoraConfig, get_peft_model
+
     settings = LoraConfig(
-        r=sizes.rank,
-        lora_alpha=2 * sizes.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=feature.dropout,
         use_dora=feature.dora,
         target_modules=targets,
@@ -192,11 +199,11 @@ def _adapted(
             elif "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.02)
             if "lora_" in name:
-                parameter.data = parameter.data.to(config.adapter)
+                parameter.data = parameter.data.to(dtype)
     return adapted.train()
 
 
-def _quantise(model: Any, compute: torch.dtype) -> None:
+def quantise(model: Any, compute: torch.dtype) -> None:
     """NF4 with double quantisation for every linear but the head, as transformers loads a model in 4 bits."""
     import bitsandbytes as bnb
 
@@ -210,11 +217,12 @@ def _quantise(model: Any, compute: torch.dtype) -> None:
             compute_dtype=compute,
             compress_statistics=True,
             quant_type="nf4",
+            device="meta",  # its own weight, which is replaced, would take seconds to draw
         )
         layer.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=64
         )
-        model.set_submodule(name, layer.to("cpu"))
+        model.set_submodule(name, layer.to(linear.weight.device))
     model.is_loaded_in_4bit = True  # what PEFT chooses its layer class by
 
 

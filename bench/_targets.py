@@ -40,7 +40,33 @@ TAXES: Taxes = {
     },
 }
 
+# On an H200: (model, storage, adapter, tokens) -> the tax of a layer's seven linears in GPU time, at most;
+# the wall time of PEFT over ours, at least; what a block keeps for its backward over what PEFT keeps, at
+# most; and per cent of a copy's bandwidth that dequantisation, the activation and DoRA's norm reach past the
+# L2, at least.
+GPU_TAXES = {
+    ("8B", "bf16", "LoRA", 8192): 1.06,  # with regions and the K-extension; 1.16 linear by linear
+    ("8B", "NF4", "LoRA", 8192): 1.10,
+    ("8B", "bf16", "DoRA", 8192): 1.15,
+    ("8B", "bf16", "dropout", 8192): 1.15,
+}
+GPU_WALL = (("8B", "bf16", "LoRA", 512), 1.6)
+GPU_SAVED = (("8B", "bf16", "LoRA", 8192), 0.55)
+GPU_OP_SHARE = 90
+
 # NF4 unpacking over a memcpy of the bytes it writes, at most.
 DEQUANT_OVER_MEMCPY = 1.2
 # Milliseconds of DoRA's norms of a 4096 x 4096 NF4 layer on one thread, at most.
 DORA_NORM_MS = 10.0
+
+# Of `bench.basics`, at most: seconds on two cores, and what a bfloat16 layer keeps in units of its x.
+BASICS = {
+    "cold build": 8.0,
+    "warm load": 0.05,
+    "fastlora --help": 0.2,
+    "quickstart": 360.0,
+    "kept, LoRA, ours": 0.05,
+    "kept, dropout, ours": 0.3,
+    "kept, DoRA, ours": 1.1,
+    "kept, DoRA, dropout, ours": 2.3,
+}

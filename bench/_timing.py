@@ -75,15 +75,24 @@ def interleave(
     seconds: float = math.inf,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    timed: Callable[[Callable[[], object]], float] | None = None,
 ) -> Rounds:
     """Run every callable once per round, in order, and time each call.
 
     Stops after `rounds`, or once `seconds` (warm-up included) are over and `at_least` rounds are done.
-    `clock` gives seconds; for a device that works through a queue it waits for the queue before it looks.
-    Garbage collection is off while the clock runs. Raises ValueError for nothing to run or no rounds.
+    `timed` runs a callable and gives its seconds: those of `clock`, unless a device is to be asked (see
+    `bench._stopwatch`). Garbage collection is off while the clock runs. Raises ValueError for nothing to run
+    or no rounds.
     """
     if not runs or min(rounds, at_least) < 1:
         raise ValueError(f"interleave: needs callables and at least one round; got {len(runs)} and {rounds}")
+
+    def by_the_clock(run: Callable[[], object]) -> float:
+        before = clock()
+        run()
+        return clock() - before
+
+    timed = timed or by_the_clock
     taken: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()
@@ -91,14 +100,12 @@ def interleave(
         begin = clock()
         for _ in range(warmup):
             for run in runs.values():
-                run()
+                timed(run)
         for done in range(rounds):
             if done >= at_least and clock() - begin >= seconds:
                 break
             for name, run in runs.items():
-                before = clock()
-                run()
-                taken[name].append(clock() - before)
+                taken[name].append(timed(run))
     finally:
         if collecting:
             gc.enable()

@@ -6,21 +6,19 @@ ready buffer. Ours writes into a buffer that is used again, as the fused layers 
 """
 
 import pytest
-import torch
 
-from bench._cases import DTYPES, WEIGHTS, bnb_state, nf4, ours, short, skip_slow, stored_bytes
+from bench._cases import DTYPES, THREADS, WEIGHTS, bnb_state, nf4, noise, ours, short, skip_slow, stored_bytes
 from pyfastlora.ops import dequant_4bit
 
 
-@pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()}), indirect=True, ids="{}t".format)
+@pytest.mark.parametrize("threads", THREADS, indirect=True, ids="{}t".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=short)
 @pytest.mark.parametrize("variant", [*ours("dequant_4bit"), "bitsandbytes", "memcpy"])
 def test_dequant_4bit(measure, variant, shape, dtype, threads):
     skip_slow(variant, shape)
     w = nf4(shape, dtype)
-    out = torch.zeros(shape, dtype=dtype)
-    ready = torch.ones_like(out)
+    out, ready = noise(*shape, dtype=dtype), noise(*shape, dtype=dtype, seed=1)
 
     def memcpy():
         out.copy_(ready)

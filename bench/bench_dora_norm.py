@@ -8,11 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from bench._cases import DTYPES, RANK, WEIGHTS, bnb_state, nf4, noise, ours, short, skip_slow, stored_bytes
+from bench._cases import (
+    DTYPES,
+    RANK,
+    THREADS,
+    WEIGHTS,
+    bnb_state,
+    nf4,
+    noise,
+    ours,
+    short,
+    skip_slow,
+    stored_bytes,
+)
 from pyfastlora.ops import dora_norm
 
 
-@pytest.mark.parametrize("threads", sorted({1, torch.get_num_threads()}), indirect=True, ids="{}t".format)
+@pytest.mark.parametrize("threads", THREADS, indirect=True, ids="{}t".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
 @pytest.mark.parametrize("shape", WEIGHTS, ids=short)

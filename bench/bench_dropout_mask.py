@@ -17,7 +17,7 @@ from pyfastlora.ops import dropout_mask
 @pytest.mark.parametrize("variant", [*ours("dropout_mask"), "bernoulli_", "F.dropout"])
 def test_dropout_mask(measure, variant, shape):
     x = noise(*shape, dtype=torch.float32)
-    drawn = torch.empty(shape, dtype=torch.bool)
+    drawn = torch.empty(shape, dtype=torch.bool, device=x.device)
 
     def call():
         dropout_mask(x, 0.1)

@@ -8,10 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench._cases import ACTIVATIONS, RANK, noise, ours, short
+from bench._cases import ACTIVATIONS, PAIRS, RANK, noise, ours, short
 from pyfastlora.ops import lora_expand
-
-PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
 
 
 @pytest.mark.parametrize(("dtype", "factor"), PAIRS, ids=short)

@@ -5,13 +5,10 @@ mask's product where there is one, and the small GEMM, as PEFT runs them.
 """
 
 import pytest
-import torch
 import torch.nn.functional as F
 
-from bench._cases import ACTIVATIONS, RANK, mask_for, noise, ours, short
+from bench._cases import ACTIVATIONS, PAIRS, RANK, mask_for, noise, ours, short
 from pyfastlora.ops import lora_shrink
-
-PAIRS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)]
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])

@@ -1,7 +1,8 @@
 """What does a product with a 4-bit weight cost beside the dense one, for one token and for many, and for dx?
 
 Bytes: x + packed W + y. From a few dozen tokens on it is bound by arithmetic and the share of a copy's
-bandwidth says little; `dense` is the floor then: the same product with W already unpacked.
+bandwidth says little; `dense` is the floor then: the same product with W already unpacked. `copy` unpacks W
+whole first: where it overtakes ours is where FEW_ROWS_GPU belongs (pyfastlora/ops/matmul_4bit.py).
 """
 
 import pytest
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from bench._cases import DTYPES, WEIGHTS, bnb_state, nf4, noise, ours, short, skip_slow, stored_bytes
 from pyfastlora.ops import dequant_4bit, matmul_4bit
 
+TOKENS = (1, 4, 8, 16, 32, 64, 128, 512)
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", WEIGHTS, ids=short)
-@pytest.mark.parametrize(("product", "tokens"), [("y", 1), ("y", 4), ("y", 16), ("y", 512), ("dx", 512)])
-@pytest.mark.parametrize("variant", [*ours("matmul_4bit"), "bitsandbytes", "dense"])
+@pytest.mark.parametrize(("product", "tokens"), [*(("y", tokens) for tokens in TOKENS), ("dx", 512)])
+@pytest.mark.parametrize("variant", [*ours("matmul_4bit"), "copy", "bitsandbytes", "dense"])
 def test_matmul_4bit(measure, variant, product, tokens, shape, dtype):
     skip_slow(variant, shape)
     w = nf4(shape, dtype)
@@ -29,6 +32,13 @@ def test_matmul_4bit(measure, variant, product, tokens, shape, dtype):
         dense = dequant_4bit(w, dtype)
 
         def call():
+            x @ dense if transposed else F.linear(x, dense)
+
+    elif variant == "copy":
+        dense = dequant_4bit(w, dtype)
+
+        def call():
+            dequant_4bit(w, out=dense)
             x @ dense if transposed else F.linear(x, dense)
 
     elif variant == "bitsandbytes":

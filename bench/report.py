@@ -29,13 +29,17 @@ def gather(files: Sequence[Path]) -> dict[Path, dict[str, Results]]:
 
 
 def write(folder: Path, found: dict[str, Results]) -> list[Path]:
-    """README.md and the PNGs of one machine's folder."""
+    """README.md and the PNGs of one machine's folder; without matplotlib, the page that says so."""
     from bench._plots import draw
 
-    plots = {kind: draw(results, folder) for kind, results in found.items() if results.rows}
+    note = ""
+    try:
+        plots = {kind: draw(results, folder) for kind, results in found.items() if results.rows}
+    except ImportError as error:
+        plots, note = {}, f"\nThe plots are left out: {error}.\n"
     readme = folder / "README.md"
-    readme.write_text(page(found, plots))
-    return [readme, *(folder / name for name in plots.values())]
+    readme.write_text(page(found, plots) + note)
+    return [readme, *(folder / name for names in plots.values() for name in names)]
 
 
 def with_figures(path: Path, found: dict[Path, dict[str, Results]]) -> str:

@@ -4,6 +4,7 @@ Nothing here asks how fast anything is.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is part of the checkout, not of the installed package
 
-from bench import adapter_tax, ops, report  # noqa: E402
+from bench import adapter_tax, basics, ops, report  # noqa: E402
 from bench._environment import cpu_model, slug  # noqa: E402
 from bench._results import Results  # noqa: E402
 from bench._sections import page, readme_block  # noqa: E402
@@ -106,13 +107,15 @@ def test_quartiles_and_noise():
 @pytest.mark.parametrize(
     "name, cores, folder",
     [
-        ("AMD EPYC 9R45 96-Core Processor", 2, "amd-epyc-9r45-2-cores"),
-        ("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", 1, "intel-xeon-platinum-8488c-1-core"),
-        ("", 4, "aarch64-4-cores"),
+        ("AMD EPYC 9R45 96-Core Processor", 2, "amd-epyc-9r45-avx512-2-cores"),
+        ("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", 1, "intel-xeon-platinum-8488c-avx512-1-core"),
+        ("", 4, "aarch64-avx512-4-cores"),
     ],
 )
 def test_folders_are_named_after_the_machine(name, cores, folder):
-    assert slug({"cpu": name, "cores": cores, "architecture": "aarch64"}) == folder
+    found = {"cpu": name, "cores": cores, "architecture": "aarch64", "kernels": "avx512"}
+    assert slug(found) == folder
+    assert slug(found | {"kernels": "not built: no compiler"}) == folder.replace("-avx512", "")
 
 
 def test_the_cpu_has_a_name_without_proc(tmp_path):
@@ -183,6 +186,15 @@ def test_the_page_shows_every_case(tiny_run):
     assert len(table_lines) == len(rows)
     for config in CONFIGS:
         assert text.count(f": {config}\n") == 2
+
+
+def test_without_matplotlib_there_is_a_page_all_the_same(monkeypatch, tmp_path):
+    taxes(1.5, 1.1).write(tmp_path / "adapter_tax.json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    written = report.write(tmp_path, report.gather([tmp_path / "adapter_tax.json"])[tmp_path])
+    assert written == [tmp_path / "README.md"]
+    text = written[0].read_text()
+    assert "1.50 |" in text and ".png" not in text and "The plots are left out: " in text
 
 
 @pytest.mark.parametrize(
@@ -342,6 +354,23 @@ def test_ops_are_condensed():
     (row,) = ops.condense({"benchmarks": [{"stats": stats, "extra_info": info}]})
     assert row["ms"] == {"median": 2, "min": 1.9, "q1": 1.95, "q3": 2.6, "noisy": True}
     assert (row["gb_s"], row["rounds"], row["op"]) == (2.0, 9, "glu_forward")
+
+
+def test_basics_count_what_a_layer_keeps(tmp_path):
+    rows = [*basics.kept(tokens=64, width=256), basics._row("cold build", "s", [9.0, 7.5, 8.5])]
+    values = {row["what"]: row["value"]["median"] for row in rows}
+    assert values["cold build"] == 8.5
+    for name in basics.KEPT:
+        assert 0 < values[f"kept, {name}, ours"] < values[f"kept, {name}, PEFT"]
+    # PEFT's float32 copy of x, and of LoRA what both keep: S, 16 numbers of 4 bytes for 256 of 2
+    assert values["kept, LoRA, PEFT"] == pytest.approx(2 + 0.125)
+    assert values["kept, LoRA, ours"] == pytest.approx(0.125)
+
+    found = {"cpu": "Some CPU", "threads": 2, "kernels": "avx2", "date": "2026-01-01 00:00 UTC"}
+    environment = found | dict.fromkeys(("torch", "peft", "bitsandbytes"), "1")
+    results = {"basics": Results("basics", environment, {}, rows)}
+    assert re.search(r"\| cold build +\| +8.5 s \| +8 s \|", page(results, {}))
+    assert "Seconds: cold build 8.5." in readme_block({"page": results})
 
 
 def test_one_op_end_to_end(tmp_path):
