@@ -57,7 +57,7 @@ def install(run: Run, until: float) -> Outcome:
         names = sorted({path.name.split("-")[0] for path in run.wheels.glob("*.whl")})
         if not names:
             return Outcome("failed", f"no wheels in {run.wheels.name}")
-        commands |= {name: [*pip, "--find-links", str(run.wheels), name] for name in names}
+        commands |= {name: [*pip, "--upgrade", "--find-links", str(run.wheels), name] for name in names}
     failed = []
     for name, command in commands.items():
         log = run.scratch / f"install-{name}.log"
