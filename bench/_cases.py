@@ -61,6 +61,10 @@ def ours(op: str) -> list[str]:
     return [implementation.name for implementation in found.implementations]
 
 
+#: S and its factor in x's 16-bit dtype, which fused layers have on a GPU where PEFT rounds S as well.
+ROUNDED = ["ours, 16-bit S"] if ON_GPU else []
+
+
 def noise(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Normally distributed values on `DEVICE`, the same for a seed."""
     generator = torch.Generator(DEVICE).manual_seed(seed)

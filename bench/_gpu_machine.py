@@ -188,7 +188,7 @@ def beta(m: Machine) -> Iterator[Row]:
 
 
 def dy_pass(m: Machine) -> Iterator[Row]:
-    """dS = dy B and dB = dy^T S, in two vendor products and in one pass of ours, over reading dy once."""
+    """dS = dy B and dB = dy^T S, in two vendor products and in one pass of our kernel, over a read of dy."""
     for tokens, outer in m.activations:
         dy = m.noise(tokens, outer)
         for rank in (16, 64):

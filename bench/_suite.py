@@ -28,7 +28,7 @@ THE_REST = (
 REHEARSED = ("tests/ops/test_glu.py", "-k", "silu and float32")
 TOOLS = ("memcheck", "racecheck")
 FOUND = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
-SHARDS = 8  # processes: a test on a GPU waits for Python and for Triton's compiler, not for the GPU
+SHARDS = 16  # processes: a test on a GPU waits for Python and for Triton's compiler, not for the GPU
 SHOWN = 40  # failures with their texts
 
 
@@ -99,7 +99,7 @@ def _reason(message: str) -> str:
 
 def run_tests(folder: Path, env: Mapping[str, str], device: str, until: float, rehearse: bool) -> Summary:
     """The tests on the device, in processes side by side, each with a part of them."""
-    shards = 2 if rehearse else max(1, min(SHARDS, cores() // 2))
+    shards = 2 if rehearse else max(1, min(SHARDS, cores()))
     chosen = REHEARSED if rehearse else ON_THE_DEVICE
     reports = [folder / f"tests-{shard}.xml" for shard in range(shards)]
 

@@ -6,13 +6,13 @@ two GEMMs in dy's dtype, as autograd runs them.
 
 import pytest
 
-from bench._cases import ACTIVATIONS, PAIRS, RANK, noise, ours, short
+from bench._cases import ACTIVATIONS, PAIRS, RANK, ROUNDED, noise, ours, short
 from pyfastlora.ops import lora_backward, lora_grad, lora_shrink
 
 
 @pytest.mark.parametrize(("dtype", "factor"), PAIRS, ids=short)
 @pytest.mark.parametrize("shape", ACTIVATIONS, ids=short)
-@pytest.mark.parametrize("variant", [*ours("lora_backward"), "apart", "torch"])
+@pytest.mark.parametrize("variant", [*ours("lora_backward"), *ROUNDED, "apart", "torch"])
 def test_lora_backward(measure, variant, shape, dtype, factor):
     dy = noise(*shape, dtype=dtype)
     narrow_b, narrow_s = (
@@ -24,7 +24,12 @@ def test_lora_backward(measure, variant, shape, dtype, factor):
     def call():
         lora_backward(dy, b, s)
 
-    if variant == "apart":
+    if variant in ROUNDED:
+
+        def call():
+            lora_backward(dy, narrow_b, narrow_s, dtype=factor)
+
+    elif variant == "apart":
 
         def call():
             lora_shrink(dy, b, transposed=True)

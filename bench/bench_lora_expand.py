@@ -1,20 +1,21 @@
 """What does adding the adapter's share to the base output cost?
 
-Bytes: y read and written + S (float32) + B. PEFT: `y + F.linear(S, B) * scale`, with the casts where B is
-wider than y; torch: one `addmm_` where the dtypes agree, the best a caller of torch can do.
+Bytes: y read and written + S (float32) + B; of a 16-bit S y is written only, before its base is added. PEFT:
+`y + F.linear(S, B) * scale`, with the casts where B is wider than y; torch: one `addmm_` where the dtypes
+agree, the best a caller of torch can do.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench._cases import ACTIVATIONS, PAIRS, RANK, noise, ours, short
+from bench._cases import ACTIVATIONS, PAIRS, RANK, ROUNDED, noise, ours, short
 from pyfastlora.ops import lora_expand
 
 
 @pytest.mark.parametrize(("dtype", "factor"), PAIRS, ids=short)
 @pytest.mark.parametrize("shape", ACTIVATIONS, ids=short)
-@pytest.mark.parametrize("variant", [*ours("lora_expand"), "PEFT", "torch"])
+@pytest.mark.parametrize("variant", [*ours("lora_expand"), *ROUNDED, "PEFT", "torch"])
 def test_lora_expand(measure, variant, shape, dtype, factor):
     if variant == "torch" and dtype != factor:
         pytest.skip("addmm_ takes one dtype")
@@ -25,7 +26,13 @@ def test_lora_expand(measure, variant, shape, dtype, factor):
     def call():
         lora_expand(y, s, b, scale=1e-4)
 
-    if variant == "PEFT":
+    if variant in ROUNDED:
+        s16, b16 = s.to(dtype), b.to(dtype)
+
+        def call():
+            lora_expand(None, s16, b16, scale=1e-4, out=y)
+
+    elif variant == "PEFT":
 
         def call():
             (y + F.linear(narrow, b) * 1e-4).to(dtype)

@@ -6,14 +6,14 @@ where there is one, and the GEMM in x's dtype, as autograd runs them.
 
 import pytest
 
-from bench._cases import ACTIVATIONS, DTYPES, RANK, mask_for, noise, ours, short
+from bench._cases import ACTIVATIONS, DTYPES, RANK, ROUNDED, mask_for, noise, ours, short
 from pyfastlora.ops import lora_grad
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("shape", ACTIVATIONS, ids=short)
-@pytest.mark.parametrize("variant", [*ours("lora_grad"), "torch"])
+@pytest.mark.parametrize("variant", [*ours("lora_grad"), *ROUNDED, "torch"])
 def test_lora_grad(measure, variant, shape, dtype, dropout):
     x = noise(*shape, dtype=dtype)
     narrow = noise(shape[0], RANK, dtype=dtype, seed=1)
@@ -24,7 +24,12 @@ def test_lora_grad(measure, variant, shape, dtype, dropout):
     def call():
         lora_grad(s, x, mask=mask)
 
-    if variant == "torch":
+    if variant in ROUNDED:
+
+        def call():
+            lora_grad(narrow, x, mask=mask)
+
+    elif variant == "torch":
 
         def call():
             narrow.t() @ (x if dense_mask is None else x * dense_mask)

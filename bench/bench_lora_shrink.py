@@ -7,14 +7,14 @@ mask's product where there is one, and the small GEMM, as PEFT runs them.
 import pytest
 import torch.nn.functional as F
 
-from bench._cases import ACTIVATIONS, PAIRS, RANK, mask_for, noise, ours, short
+from bench._cases import ACTIVATIONS, PAIRS, RANK, ROUNDED, mask_for, noise, ours, short
 from pyfastlora.ops import lora_shrink
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(("dtype", "factor"), PAIRS, ids=short)
 @pytest.mark.parametrize("shape", ACTIVATIONS, ids=short)
-@pytest.mark.parametrize("variant", [*ours("lora_shrink"), "torch"])
+@pytest.mark.parametrize("variant", [*ours("lora_shrink"), *ROUNDED, "torch"])
 def test_lora_shrink(measure, variant, shape, dtype, factor, dropout):
     x, a = noise(*shape, dtype=dtype), noise(RANK, shape[1], dtype=factor, seed=1)
     mask = mask_for(x) if dropout else None
@@ -23,7 +23,13 @@ def test_lora_shrink(measure, variant, shape, dtype, factor, dropout):
     def call():
         lora_shrink(x, a, mask=mask)
 
-    if variant == "torch":
+    if variant in ROUNDED:
+        narrow = a.to(dtype)
+
+        def call():
+            lora_shrink(x, narrow, mask=mask, dtype=dtype)
+
+    elif variant == "torch":
 
         def call():
             rows = x.to(factor)

@@ -106,7 +106,7 @@ void lora_expand(const ConstMatrix& y, const ConstMatrix& s, const ConstMatrix& 
 void lora_grad(const ConstMatrix& s, const ConstMatrix& x, const DropoutMask& mask, float scale,
                bool transposed, const Matrix& out, ParallelFor run);
 
-// ds [T, R] f32 = scale * dy [T, O] b [O, R], db [O, R] = scale * dy^T s [T, R].
+// ds [T, R] f32 = scale * dy [T, O] b [O, R], db [O, R] = dy^T s [T, R].
 void lora_backward(const ConstMatrix& dy, const ConstMatrix& b, const ConstMatrix& s, float scale,
                    const Matrix& ds, const Matrix& db, ParallelFor run);
 

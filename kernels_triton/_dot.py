@@ -11,6 +11,8 @@ import triton.language as tl
 # Triton's interpreter keeps bfloat16 as its bits and would multiply those: there the parts are widened again.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+EXACT = 32  # products that the matrix units may add up for a result in float32's digits: they truncate
+
 
 @triton.jit
 def dot(x, y, PARTS: tl.constexpr = 3, onto=None):

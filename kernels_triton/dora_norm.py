@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastlora.kernels_triton._decode_4bit import TYPES, code_of, constants, decode, tensors
-from pyfastlora.kernels_triton._dot import split_dot
+from pyfastlora.kernels_triton._dot import EXACT, split_dot
 from pyfastlora.kernels_triton._tuning import config, fit
 
 
@@ -81,14 +81,15 @@ def _norm_kernel(
             value = tl.load(w + row[:, None] * w_pitch + col[None, :], rows_inside & cols_inside, 0.0)
         # Apart, as only loops that hold no other are pipelined, and most adapters are this thin.
         if RANKS <= BLOCK_R:
-            delta = split_dot(up, _load_down(a, a_rank, a_col, col, cols_inside, 0, RANKS, BLOCK_R))
+            delta = scale * split_dot(up, _load_down(a, a_rank, a_col, col, cols_inside, 0, RANKS, BLOCK_R))
         else:
             delta = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
             for rank in range(0, RANKS, BLOCK_R):
                 up = _load_up(b, b_row, b_rank, row, rows_inside, rank, RANKS, BLOCK_R)
                 down = _load_down(a, a_rank, a_col, col, cols_inside, rank, RANKS, BLOCK_R)
-                delta = split_dot(up, down, onto=delta)
-        value = value.to(tl.float32) + scale * delta
+                # Added outside the matrix units, which truncate; the factor keeps Triton from moving it in.
+                delta += scale * split_dot(up, down)
+        value = value.to(tl.float32) + delta
         sums += tl.sum(value * value, 1)
     tl.store(out + row, tl.sqrt_rn(sums), row < rows)
 
@@ -117,7 +118,7 @@ def dora_norm(w: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
     if rows:
         dense = isinstance(w, Tensor)
         meta, _ = config("dora_norm", w if dense else w.packed, rows, ranks, dtype=w.dtype)
-        meta["BLOCK_R"] = fit(ranks, meta["BLOCK_R"])
+        meta["BLOCK_R"] = min(fit(ranks, meta["BLOCK_R"]), EXACT)
         nothing = {"FOUR_BIT_FLOAT": False, "BLOCKSIZE": 1, "NESTED_BLOCKSIZE": 1, "RUN": 1}
         _norm_kernel[(triton.cdiv(rows, meta["BLOCK_O"]),)](
             w if dense else None,

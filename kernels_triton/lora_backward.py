@@ -1,4 +1,4 @@
-"""lora_backward in Triton: ds [T, R] = scale * dy b and db [O, R] = scale * dy^T s, in one pass over dy.
+"""lora_backward in Triton: ds [T, R] = scale * dy b and db [O, R] = dy^T s, in one pass over dy.
 
 One program takes BLOCK_O columns of dy down all rows, or down a part of them where there are few columns:
 its rows of b and its sums of db stay in registers, and what its columns add to ds goes to a part that a
@@ -33,7 +33,8 @@ def _backward_kernel(
     cols,
     ranks,
     span,
-    scale,
+    ds_scale,
+    db_scale,
     dy_pitch,
     b_col,
     b_rank,
@@ -56,8 +57,10 @@ def _backward_kernel(
         values = tl.load(dy + row * dy_pitch + col[None, :], (row < rows) & (col < cols)[None, :], 0.0)
         down = tl.load(s + row * s_pitch + rank * s_rank, (row < rows) & (rank < ranks), 0.0)
         # Added outside the matrix units, which truncate: a sum over all tokens there would lose several bits.
-        sums += dot(tl.trans(values), down, PARTS) * scale
-        tl.store(ds + (part + row) * ranks + rank, dot(values, factor) * scale, (row < rows) & (rank < ranks))
+        # The factor, of 1, keeps Triton from moving it inside.
+        sums += dot(tl.trans(values), down, PARTS) * db_scale
+        product = dot(values, factor) * ds_scale
+        tl.store(ds + (part + row) * ranks + rank, product, (row < rows) & (rank < ranks))
     at = (tl.program_id(1).to(tl.int64) * cols + col[:, None]) * ranks + rank
     tl.store(db + at, sums.to(db.dtype.element_ty), inside)
 
@@ -75,7 +78,7 @@ def lora_backward(
     meta, programs = config("lora_backward", dy, rows)
     of_ds, of_dy = 2 * 4 * ranks, meta["BLOCK_O"] * dy.element_size()  # for a row of a block
     if ranks > RANKS or of_ds >= of_dy:
-        return lora_shrink(dy, b, True, None, scale), lora_grad(s, dy, None, scale, True, dtype)
+        return lora_shrink(dy, b, True, None, scale), lora_grad(s, dy, None, 1.0, True, dtype)
     new = torch.empty if cols else torch.zeros  # no column adds to ds: no program would write it
     ds = new(rows, ranks, dtype=torch.float32, device=dy.device)
     db = torch.empty(cols, ranks, dtype=dtype, device=dy.device)
@@ -95,6 +98,7 @@ def lora_backward(
             ranks,
             span,
             float(scale),
+            1.0,
             dy.stride(0),
             *b.stride(),
             *s.stride(),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyfastlora.kernels_triton import _mask
-from pyfastlora.kernels_triton._dot import dot, split_dot
+from pyfastlora.kernels_triton._dot import EXACT, dot, split_dot
 from pyfastlora.kernels_triton._mask import kept, load_bits
 from pyfastlora.kernels_triton._tuning import config, fit
 
@@ -54,13 +54,16 @@ def _expand_kernel(
     for start in range(0, ranks, BLOCK_R):
         rank = start + tl.arange(0, BLOCK_R)
         at = row[:, None] * s_pitch + rank[None, :] * s_rank
-        down = tl.load(s + at, rows_inside & (rank < ranks)[None, :], 0.0) * scale
+        down = tl.load(s + at, rows_inside & (rank < ranks)[None, :], 0.0)
         at = rank[:, None].to(tl.int64) * b_rank + col[None, :].to(tl.int64) * b_col
         factor = tl.load(b + at, (rank < ranks)[:, None] & cols_inside, 0.0)
         if out.dtype.element_ty == tl.float32:
-            term = dot(down, factor, onto=term)
+            # Added outside the matrix units, which truncate; the factor keeps Triton from moving it inside.
+            term += dot(down, factor) * scale
         else:
             term = split_dot(down, factor, PARTS, term)
+    if out.dtype.element_ty != tl.float32:
+        term *= scale
     if bits is not None:
         byte = load_bits(bits, bits_pitch, row[:, None], rows_inside, first, cols, BLOCK_O)
         term = tl.where(kept(byte, BLOCK_T, BLOCK_O), term, 0.0)
@@ -95,6 +98,8 @@ def lora_expand(
     b_rank, b_col = b.stride() if transposed else b.stride()[::-1]
     meta, _ = config("lora_expand", out, rows, s.shape[1])
     meta["BLOCK_R"] = fit(s.shape[1], meta["BLOCK_R"])
+    if out.dtype == torch.float32:
+        meta["BLOCK_R"] = min(meta["BLOCK_R"], EXACT)
     bits, bits_pitch, mask_scale = _mask.arguments(mask)
     _expand_kernel[(triton.cdiv(rows, meta["BLOCK_T"]) * triton.cdiv(cols, meta["BLOCK_O"]),)](
         y,

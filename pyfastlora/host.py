@@ -82,8 +82,7 @@ def best_fit(lengths: NDArray[np.int64], capacity: int, most: int = 0) -> NDArra
         raise ValueError(f"best_fit: capacity must be at least 1; got {capacity}")
     if lengths.size and not 1 <= lengths.min() <= lengths.max() <= capacity:
         raise ValueError(
-            f"best_fit: lengths must be from 1 to capacity {capacity}; "
-            f"got {lengths.min()} to {lengths.max()}"
+            f"best_fit: lengths must be from 1 to capacity {capacity}; got {lengths.min()} to {lengths.max()}"
         )
     module = compiled()
     run = module.best_fit if module else best_fit_reference

@@ -40,7 +40,7 @@ def _tensors_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _new_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """torch.empty gives NaN, and the largest integer: what a kernel leaves unwritten shows, in every process."""
+    """torch.empty gives NaN, or the largest integer: what a kernel leaves unwritten shows, in every run."""
     if request.path.parent.name not in ("ops", "fused"):
         yield
         return

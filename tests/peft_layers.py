@@ -115,7 +115,8 @@ def int8(linear: nn.Linear) -> nn.Module:
     bnb = bitsandbytes()
     sizes, bias = (linear.in_features, linear.out_features), linear.bias
     layer = bnb.nn.Linear8bitLt(*sizes, bias=bias is not None, has_fp16_weights=False, threshold=3.0)
-    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    # quantised on its way from the CPU
+    layer.weight = bnb.nn.Int8Params(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.data.clone(), requires_grad=False)
     return layer.to(DEVICE)

@@ -1,4 +1,4 @@
-// lora_backward: ds [T, R] = scale * dy [T, O] b [O, R] and db [O, R] = scale * dy^T s [T, R]
+// lora_backward: ds [T, R] = scale * dy [T, O] b [O, R] and db [O, R] = dy^T s [T, R]
 //
 // One pass over dy for both; see lora_grad.h. 16 ranks share it, 32 are two blocks, neighbours, of which the
 // second finds dy in the L2 cache. From there on two passes of up to 64 ranks each take less: the tensor
@@ -31,10 +31,10 @@ int lora_backward(const ConstMatrix& dy, const ConstMatrix& b, const ConstMatrix
     const DropoutMask all{nullptr, 0, 1.0f};
     if (s.cols > most_ranks) {
         const int status = lora_shrink(dy, b, true, all, scale, ds, room, stream);
-        return status ? status : lora_grad(s, dy, all, scale, true, db, room, stream);
+        return status ? status : lora_grad(s, dy, all, 1.0f, true, db, room, stream);
     }
     const BackwardPlan plan(dy, s.cols);
-    const Sum db_sum{room, plan.walk.cut.parts, scale, db};
+    const Sum db_sum{room, plan.walk.cut.parts, 1, db};
     const Sum ds_sum{room + plan.db_room, plan.ds_parts, scale, ds};
     const auto run = [&](auto type, auto parts) {
         using T = decltype(type);

@@ -6,10 +6,11 @@ magnitude, n_d = ||W_:d + s (B A)_d:|| over the vocabulary:
     LoRA    y = W[i] + s A^T[i] B^T
     DoRA    y = g (W[i] + s A^T[i] B^T)
 
-Backward, with S = A^T[i] [T, r], G = dy^T S [D, r] and the norm a constant as in PEFT:
+Backward, with S = s A^T[i] [T, r], G = dy^T S [D, r], dS the gradient of A^T[i], and the norm a constant as
+in PEFT:
 
-    dS = s dy (g B)       dA_:v = sum of dS_t where i_t = v       dB = s g G
-    dm = (sum_t dy W[i] + s <B, G>) / n
+    dS = s dy (g B)       dA_:v = sum of dS_t where i_t = v       dB = g G
+    dm = (sum_t dy W[i] + <B, G>) / n
 
 dA leaves the column of padding_idx zero and, with scale_grad_by_freq, divides a column by how often its index
 came. The rank-r products and every sum are float32 (float64 for float64 inputs), rounded once where they meet
@@ -81,12 +82,12 @@ class _FusedEmbedding(torch.autograd.Function):
         with no_autocast(e.weight):
             y = F.embedding(flat, e.weight)
             wide = torch.promote_types(y.dtype, torch.float32)
-            s = F.embedding(flat, lora_a.t()).to(wide)
+            s = F.embedding(flat, lora_a.t()).to(wide) * e.scaling
             norm = gain = None
             if magnitude is not None:
                 norm = DenseWeight(e.weight, transposed=True).norm(lora_a, lora_b, e.scaling)
                 gain = magnitude.to(norm.dtype) / norm
-            lora_expand(y, s, lora_b, scale=e.scaling, gain=gain)
+            lora_expand(y, s, lora_b, gain=gain)
         # the weight for DoRA alone, and itself: a gathered parameter is gone by the time of the backward
         ctx.save_for_backward(
             indices, s, lora_a, lora_b, magnitude, norm, None if magnitude is None else e.weight
@@ -107,13 +108,13 @@ class _FusedEmbedding(torch.autograd.Function):
         with no_autocast(grad), obeying(ctx.requests):
             gain = None if magnitude is None else magnitude.to(norm.dtype) / norm
             factor = lora_b if gain is None else lora_b * gain[:, None]
-            ds = g = None  # dS [T, r], s G [D, r]
+            ds = g = None  # dS [T, r], G [D, r]
             if wants_a and (wants_b or wants_m):
                 ds, g = lora_backward(dy, factor, s, scale=e.scaling)
             elif wants_a:
                 ds = lora_shrink(dy, factor, transposed=True, scale=e.scaling)
             elif wants_b or wants_m:
-                g = lora_grad(s, dy, scale=e.scaling, transposed=True, dtype=factor.dtype)
+                g = lora_grad(s, dy, transposed=True, dtype=factor.dtype)
             if ds is not None:
                 d_a = _scatter(ds, flat, lora_a, e)
             if wants_b and g is not None:

@@ -1,20 +1,22 @@
 """Adapted linears that share one input, as one autograd node.
 
-Forward, for each projection i of x [T, I] (D: dropout, s: scaling, g = m / ||W + s B A||, m: DoRA's
-magnitude):
+Forward, for each projection i of x [T, I] (D: dropout, s: scaling, S = s D(x) A^T, g = m / ||W + s B A||, m:
+DoRA's magnitude):
 
-    LoRA             y = x W^T + s (D(x) A^T) B^T + (b + s b_B)
-    DoRA             y = g (x W^T + s (x A^T) B^T) + b
-    DoRA, dropout    y = x W^T + (g - 1) D(x) W^T + g s (D(x) A^T) B^T + b
+    LoRA             y = x W^T + S B^T + (b + s b_B)
+    DoRA             y = g (x W^T + S B^T) + b
+    DoRA, dropout    y = x W^T + (g - 1) D(x) W^T + g S B^T + b
 
-Backward, with S = D(x) A^T, G = dy^T S, u the base product that g multiplies (x W^T, or D(x) W^T under
-dropout), and the norm a constant as in PEFT:
+Backward, with G = dy^T S, u the base product that g multiplies (x W^T, or D(x) W^T under dropout), dS the
+gradient of D(x) A^T, and the norm a constant as in PEFT:
 
-    dB = s g G        dS = s dy (g B)        dA = dS^T D(x)        db = sum dy        db_B = s sum dy
-    dm = (sum_t dy u + s <B, G>) / norm      dx = (g dy) W + D(dS A), summed over the projections
+    dB = g G        dS = s dy (g B)        dA = dS^T D(x)        db = sum dy        db_B = s sum dy
+    dm = (sum_t dy u + <B, G>) / norm      dx = (g dy) W + D(dS A), summed over the projections
 
-The rank-r products and every sum are float32 (float64 for float64 inputs), rounded once where they meet an
-output: at least as exact as PEFT's. Saved: x itself (shared with the caller), S [T, r] float32, the dropout
+Every sum is float32 (float64 for float64 inputs). On a CPU so are S and dS; on a GPU they are rounded to
+bfloat16 where PEFT rounds them, for the vendor's GEMMs (ops/_gemm.py), and to float16 nowhere: s x A^T may
+leave its range where x A^T does not. What remains is rounded once where it meets an output: at least as exact
+as PEFT's. Saved: x itself (shared with the caller), S [T, r], the dropout
 mask as bits (1/16 of a bfloat16 x), for DoRA u [T, O]. Not differentiable twice. Sources: Hu et al. 2021, Liu
 et al. 2024, and for each rounding and cast peft/tuners/lora/{layer,bnb,dora,variants}.py.
 """
@@ -95,11 +97,11 @@ def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tens
 
 
 PER_PROJECTION = 5
-# Where the adapter's part is written first and the base product added to it (beta = 1): 2 T O bytes and a
-# read that hides behind the GEMM, for the 4 T O of adding it in place, and the small term is rounded before
-# the large one. On a CPU oneDNN's beta = 1 costs what our pass does: 2.01 ms against 1.98, T = 512, 2048 x
-# 2048, bfloat16, Xeon.
-EXPAND_FIRST = {"cuda"}
+# Where S and dS are rounded as PEFT rounds them, and where in that case the adapter's part, which PEFT rounds
+# then, too, is written first and the base product added to it (beta = 1): 26 us and a read of which a third
+# shows, for the 50 us of adding it in place; T = 8192, 4096 wide, bfloat16, H200. On a CPU oneDNN's beta = 1
+# costs what our pass does: 2.01 ms against 1.98, T = 512, 2048 x 2048, bfloat16, Xeon.
+ROUND_AS_PEFT = {"cuda"}
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
@@ -136,11 +138,19 @@ class Kept:
 
     compute: torch.dtype  # the base product's
     gradient: torch.dtype  # of dx's product
+    adapter: torch.dtype  # of S and dS
     wide: torch.dtype | None = None  # DoRA with dropout: of the second base product
-    s: Tensor | None = None  # S = D(x) A^T [T, r]
+    a: Tensor | None = None  # A as it is multiplied: cast, where S is rounded
+    b: Tensor | None = None  # B
+    s: Tensor | None = None  # S [T, r]
     mask: DropoutMask | None = None
     base: Tensor | None = None  # u [T, O]
     norm: Tensor | None = None  # [O]
+
+    @property
+    def rounded(self) -> bool:
+        """Whether S and dS are, as PEFT's."""
+        return self.adapter == torch.bfloat16
 
 
 class _FusedProjections(torch.autograd.Function):
@@ -191,10 +201,11 @@ def save(
     """Give the node what `restore` takes out again; `tensors` are the projections' parameters."""
     saved = [*others, *tensors]
     for p, k in zip(projections, kept, strict=True):
-        saved += [k.s, k.mask.bits if k.mask else None, k.base, k.norm, *p.weight.tensors]
+        a, b = (None if cast is given else cast for cast, given in ((k.a, p.lora_A), (k.b, p.lora_B)))
+        saved += [a, b, k.s, k.mask.bits if k.mask else None, k.base, k.norm, *p.weight.tensors]
     ctx.save_for_backward(*saved)
     ctx.projections = projections
-    ctx.plan = [(k.compute, k.gradient, k.wide, k.mask.scale if k.mask else 1.0) for k in kept]
+    ctx.plan = [(k.compute, k.gradient, k.adapter, k.wide, k.mask.scale if k.mask else 1.0) for k in kept]
     ctx.requests = requests_in_force()
     ctx.set_materialize_grads(False)
 
@@ -205,14 +216,17 @@ def restore(ctx: Any, others: int) -> tuple[list[Any], list[Projection], list[Ke
     count = others + PER_PROJECTION * len(ctx.projections)
     first, tensors, rest = saved[:others], saved[others:count], saved[count:]
     projections, kept = [], []
-    for i, (p, (compute, gradient, wide, scale)) in enumerate(zip(ctx.projections, ctx.plan, strict=True)):
+    for i, (p, (compute, gradient, adapter, wide, scale)) in enumerate(
+        zip(ctx.projections, ctx.plan, strict=True)
+    ):
         bias, a, b, lora_bias, magnitude = tensors[PER_PROJECTION * i : PER_PROJECTION * (i + 1)]
-        (s, bits, base, norm), rest = rest[:4], rest[4:]
+        (cast_a, cast_b, s, bits, base, norm), rest = rest[:6], rest[6:]
         held, rest = rest[: len(p.weight.tensors)], rest[len(p.weight.tensors) :]
         weight = p.weight.rebuild(tuple(held))
         projections.append(Projection(weight, bias, a, b, lora_bias, p.scaling, p.dropout, magnitude))
         mask = None if bits is None else DropoutMask(bits, scale)
-        kept.append(Kept(compute, gradient, wide, s, mask, base, norm))
+        cast_a, cast_b = a if cast_a is None else cast_a, b if cast_b is None else cast_b
+        kept.append(Kept(compute, gradient, adapter, wide, cast_a, cast_b, s, mask, base, norm))
     return first, projections, kept
 
 
@@ -225,13 +239,27 @@ def run_forward(
 ) -> tuple[list[Tensor], list[Kept]]:
     """The outputs [T, O_i], and what their backward needs. `cast`: autocast's dtype, which is off by now."""
     rows = rows_of(x)
-    dtypes = [p.weight.compute_dtype(x, cast) for p in projections]
-    kept = [Kept(c, p.weight.gradient_dtype(x, c)) for p, c in zip(projections, dtypes, strict=True)]
+    kept = [_plan(x, p, cast) for p in projections]
     for p, k in zip(projections, kept, strict=True):
         if p.lora_A is not None and p.dropout > 0:
             k.mask = dropout_mask(x, p.dropout, p.lora_A.dtype)  # PEFT casts x first
     _shrink(rows, projections, kept)
-    return [_forward(rows, x, p, k) for p, k in zip(projections, kept, strict=True)], kept
+    return [
+        _forward(rows, p, k, _output_dtype(x, p, k.compute, cast))
+        for p, k in zip(projections, kept, strict=True)
+    ], kept
+
+
+def _plan(x: Tensor, p: Projection, cast: torch.dtype | None) -> Kept:
+    """The dtypes, and the factors in theirs."""
+    compute = p.weight.compute_dtype(x, cast)
+    k = Kept(compute, p.weight.gradient_dtype(x, compute), torch.promote_types(x.dtype, torch.float32))
+    if p.lora_A is None or p.lora_B is None:
+        return k
+    k.a, k.b, narrow = p.lora_A, p.lora_B, cast or p.lora_A.dtype
+    if x.device.type in ROUND_AS_PEFT and narrow == torch.bfloat16:
+        k.a, k.b, k.adapter = p.lora_A.to(narrow), p.lora_B.to(narrow), narrow
+    return k
 
 
 def output_like(x: Tensor, y: Tensor) -> Tensor:
@@ -243,40 +271,38 @@ def output_like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -> None:
-    """Fill `s` of every adapted projection; those without a mask share one pass over x."""
-    plain: list[Kept] = []
-    factors: list[Tensor] = []
+    """Fill `s` of every adapted projection; those without a mask and of one scaling share one pass over x."""
+    shared: dict[tuple[float, torch.dtype], list[Kept]] = {}
     for p, k in zip(projections, kept, strict=True):
-        if p.lora_A is None:
+        if k.a is None:
             continue
         if k.mask is None:
-            plain.append(k)
-            factors.append(p.lora_A)
+            shared.setdefault((p.scaling, k.adapter), []).append(k)
         else:
-            k.s = lora_shrink(rows, p.lora_A, mask=k.mask)
-    if factors:
-        for k, s in zip(plain, lora_shrink_many(rows, factors), strict=True):
+            k.s = lora_shrink(rows, k.a, mask=k.mask, scale=p.scaling, dtype=k.adapter)
+    for (scaling, dtype), those in shared.items():
+        factors = [k.a for k in those if k.a is not None]
+        for k, s in zip(those, lora_shrink_many(rows, factors, scale=scaling, dtype=dtype), strict=True):
             k.s = s
 
 
-def _forward(rows: Tensor, x: Tensor, p: Projection, k: Kept) -> Tensor:
-    """y [T, O]; fills `base`, `norm` and `wide`."""
+def _forward(rows: Tensor, p: Projection, k: Kept, dtype: torch.dtype) -> Tensor:
+    """y [T, O] in `dtype`; fills `base`, `norm` and `wide`."""
     cast = rows.to(k.compute)
-    dtype = p.weight.output_dtype(x, k.compute)
     if (y := _forward_extended(cast, p, k)) is not None:
         return y.to(dtype)
-    first = rows.device.type in EXPAND_FIRST and dtype == k.compute and p.magnitude is None
-    if first and p.lora_B is not None and k.s is not None:
-        y = cast.new_empty(cast.shape[0], p.lora_B.shape[0])
-        lora_expand(None, k.s, p.lora_B, scale=p.scaling, offset=_offset(p, k.s.dtype), out=y)
+    first = k.rounded and k.adapter == k.compute == dtype and p.magnitude is None
+    if first and k.b is not None and k.s is not None:
+        y = cast.new_empty(cast.shape[0], k.b.shape[0])
+        lora_expand(None, k.s, k.b, offset=_offset(p), out=y)
         return p.weight.linear(cast, onto=y)
     y = p.weight.linear(cast)
     if y.dtype != dtype:
         y = y.to(dtype)
-    if p.lora_A is None or p.lora_B is None or k.s is None:
+    if p.lora_A is None or p.lora_B is None or k.b is None or k.s is None:
         return y if p.bias is None else y.add_(p.bias)
     if p.magnitude is None:
-        return lora_expand(y, k.s, p.lora_B, scale=p.scaling, offset=_offset(p, k.s.dtype))
+        return lora_expand(y, k.s, k.b, offset=_offset(p))
     k.norm = p.weight.norm(p.lora_A, p.lora_B, p.scaling)
     if k.mask is None:
         k.base = y  # kept without the adapter's part: <B, G> gives that exactly, and y has one rounding less
@@ -285,36 +311,38 @@ def _forward(rows: Tensor, x: Tensor, p: Projection, k: Kept) -> Tensor:
     # PEFT's second product runs in the dtype of its dropped-out copy of x: the adapter's, unless autocast is
     # on.
     k.wide = (
-        k.compute if k.compute != p.weight.compute_dtype(x) else torch.promote_types(x.dtype, p.lora_A.dtype)
+        k.compute
+        if k.compute != p.weight.compute_dtype(rows)
+        else torch.promote_types(rows.dtype, p.lora_A.dtype)
     )
-    dropped = dropout_apply(rows.to(torch.promote_types(x.dtype, k.wide)), k.mask).to(k.wide)
+    dropped = dropout_apply(rows.to(torch.promote_types(rows.dtype, k.wide)), k.mask).to(k.wide)
     k.base = p.weight.linear(dropped, stored=True)
     total = torch.addcmul(y.to(k.norm.dtype), k.base.to(k.norm.dtype), gain - 1)
-    return lora_expand(total, k.s, p.lora_B * gain[:, None], scale=p.scaling, offset=p.bias).to(y.dtype)
+    return lora_expand(total, k.s, p.lora_B * gain[:, None], offset=p.bias).to(y.dtype)
 
 
 def scaled(p: Projection, k: Kept) -> Tensor:
     """y [T, O] of DoRA without dropout, out of what it keeps."""
-    assert p.lora_B is not None and p.magnitude is not None
+    assert k.b is not None and p.magnitude is not None
     assert k.base is not None and k.s is not None and k.norm is not None
     gain, out = p.magnitude.to(k.norm.dtype) / k.norm, torch.empty_like(k.base)
-    return lora_expand(k.base, k.s, p.lora_B, scale=p.scaling, gain=gain, offset=p.bias, out=out)
+    return lora_expand(k.base, k.s, k.b, gain=gain, offset=p.bias, out=out)
 
 
 def _forward_extended(rows: Tensor, p: Projection, k: Kept) -> Tensor | None:
     """y with the adapter inside the base GEMM, where the formula allows and the bytes speak for it."""
-    if k.s is None or p.lora_B is None or not (p.magnitude is p.bias is p.lora_bias is None):
+    if k.s is None or k.b is None or not (p.magnitude is p.bias is p.lora_bias is None):
         return None
-    if not extension.pays(rows, p.lora_B.shape[0], k.s, p.lora_B) or not p.weight.has_room(rows):
+    if not extension.pays(rows, k.b.shape[0], k.s, k.b) or not p.weight.has_room(rows):
         return None
-    copy = p.weight.copy_with_room(rows, gradient=False)
-    return extension.linear(copy, rows, k.s, p.lora_B, p.scaling)
+    return extension.linear(p.weight.copy_with_room(rows, gradient=False), rows, k.s, k.b)
 
 
-def _offset(p: Projection, wide: torch.dtype) -> Tensor | None:
-    """b + s b_B in float32 or wider: what is added after the adapter."""
+def _offset(p: Projection) -> Tensor | None:
+    """b + s b_B, in float32 or wider if there are both: what is added after the adapter."""
     if p.lora_bias is None:
         return p.bias
+    wide = torch.promote_types(p.lora_bias.dtype, torch.float32)
     added = p.lora_bias.to(wide) * p.scaling
     return added if p.bias is None else added + p.bias.to(wide)
 
@@ -370,19 +398,20 @@ def outer_grads(part: Part, wants_dx: bool) -> list[Tensor | None]:
     if gain is not None and k.base is not None:
         factor = gain if k.mask is None else gain - 1
         part.dz, dgain = dora_grad(dy.to(k.base.dtype), k.base, factor)
-    if k.s is not None and p.lora_A is not None and p.lora_B is not None:
-        factor_b = p.lora_B if gain is None else p.lora_B * gain[:, None]
-        g = None  # s G [O, r]
+    if k.s is not None and p.lora_B is not None and k.b is not None:
+        factor_b = k.b if gain is None else (p.lora_B * gain[:, None]).to(k.b.dtype)
+        dtype = p.lora_B.dtype if gain is None else torch.promote_types(p.lora_B.dtype, gain.dtype)
+        g = None  # G [O, r]
         if (wants_a or wants_dx) and (wants_b or wants_m):
-            part.ds, g = lora_backward(dy, factor_b, k.s, scale=p.scaling)
+            part.ds, g = lora_backward(dy, factor_b, k.s, scale=p.scaling, dtype=dtype)
         elif wants_a or wants_dx:
-            part.ds = lora_shrink(dy, factor_b, transposed=True, scale=p.scaling)
+            part.ds = lora_shrink(dy, factor_b, transposed=True, scale=p.scaling, dtype=k.adapter)
         elif wants_b or wants_m:
-            g = lora_grad(k.s, dy, scale=p.scaling, transposed=True, dtype=factor_b.dtype)
+            g = lora_grad(k.s, dy, transposed=True, dtype=dtype)
         if wants_b and g is not None:
             d_b = g if gain is None else (g * gain[:, None]).to(p.lora_B.dtype)
         if wants_m and g is not None and p.magnitude is not None and dgain is not None and k.norm is not None:
-            d_m = ((dgain + (p.lora_B.to(g.dtype) * g).sum(1)) / k.norm).to(p.magnitude.dtype)
+            d_m = ((dgain + (k.b.to(g.dtype) * g).sum(1)) / k.norm).to(p.magnitude.dtype)
     if wants_bias or wants_lora_bias:
         total = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
         if wants_bias and p.bias is not None:
@@ -418,9 +447,9 @@ def input_grad(parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tenso
 
     The adapters' terms come first, small as they are, and the base products are added to them (beta = 1):
     of three siblings in bfloat16 that rounds 6 units of a base product's last place in all, base products
-    first 17, PEFT 14. A single one has no sum, so that the order is the device's.
+    first 17, PEFT 14. A single one has no sum: there the faster order.
     """
-    first = len(parts) > 1 or parts[0].dy.device.type in EXPAND_FIRST
+    first = len(parts) > 1 or (parts[0].k.rounded and parts[0].k.mask is None)
     first &= all(part.k.gradient == dtype and part.k.wide is None for part in parts)
     extended = [_extends(part) for part in parts]
     terms = [part for part, by_gemm in zip(parts, extended, strict=True) if not by_gemm]
@@ -437,7 +466,7 @@ def input_grad(parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tenso
 
 def _add_terms(dx: Tensor | None, parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tensor | None:
     """dx plus the D(dS A), in place; a new one of `dtype` without dx. Those without a mask share one pass."""
-    terms = [(part.ds, part.p.lora_A, part.k.mask) for part in parts]
+    terms = [(part.ds, part.k.a, part.k.mask) for part in parts]
     adapted = [(ds, a, mask) for ds, a, mask in terms if ds is not None and a is not None]
     passes = [term for term in adapted if term[2] is not None]
     if plain := [(ds, a) for ds, a, mask in adapted if mask is None]:
@@ -452,19 +481,19 @@ def _add_terms(dx: Tensor | None, parts: Sequence[Part], columns: int, dtype: to
 def _extends(part: Part) -> bool:
     """Whether base and adapter are added to dx by one GEMM, as in `_forward_extended`."""
     p, k, ds = part.p, part.k, part.ds
-    if ds is None or p.lora_A is None or k.mask is not None or p.magnitude is not None:
+    if ds is None or k.a is None or k.mask is not None or p.magnitude is not None:
         return False
     if not p.weight.has_room(part.dy):  # before dy is cast for nothing
         return False
-    return extension.pays(part.dy.to(k.gradient), p.lora_A.shape[1], ds, p.lora_A)
+    return extension.pays(part.dy.to(k.gradient), k.a.shape[1], ds, k.a)
 
 
 def _add_extended(part: Part, dx: Tensor | None) -> Tensor:
-    assert part.ds is not None and part.p.lora_A is not None
+    assert part.ds is not None and part.k.a is not None
     rows = part.dy.to(part.k.gradient)
     copy = part.p.weight.copy_with_room(rows, gradient=True)
     same = dx is not None and dx.dtype == rows.dtype
-    grad = extension.input_grad(copy, rows, part.ds, part.p.lora_A, dx if same else None)
+    grad = extension.input_grad(copy, rows, part.ds, part.k.a, dx if same else None)
     return grad if dx is None or same else dx + grad
 
 
@@ -514,7 +543,16 @@ def _without_autocast(device: str, dtype: torch.dtype | None) -> Iterator[torch.
 
 def output_dtype(x: Tensor, p: Projection) -> torch.dtype:
     """The dtype of the projection's output for x, under the autocast in force."""
-    return p.weight.output_dtype(x, p.weight.compute_dtype(x, _autocast_dtype(x)))
+    cast = _autocast_dtype(x)
+    return _output_dtype(x, p, p.weight.compute_dtype(x, cast), cast)
+
+
+def _output_dtype(x: Tensor, p: Projection, compute: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
+    """The base layer's; over a quantised one, under CUDA's autocast, PEFT leaves the sum as it comes out."""
+    dtype = p.weight.output_dtype(x, compute)
+    if cast is None or p.lora_A is None or x.device.type != "cuda" or not p.weight.is_quantised:
+        return dtype
+    return torch.promote_types(dtype, cast if p.magnitude is None else p.magnitude.dtype)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

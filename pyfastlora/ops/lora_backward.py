@@ -1,16 +1,20 @@
 """lora_backward: what flows back through the factor B, in one pass over the output's gradient.
 
-    dS = scale * dy B        dB = scale * dy^T S
+    dS = scale * dy B        dB = dy^T S
 
-Of y = scale S B^T, with dy [T, O]. Apart they are `lora_shrink` and `lora_grad`, each with a pass of its own;
-dy is what costs. Sums are float32 (float64 for float64 inputs).
+Of y = S B^T and S = scale * x A^T, with dy [T, O]; dS is the gradient of x A^T. Apart they are `lora_shrink`
+and `lora_grad`, each with a pass of its own; dy is what costs. Sums are float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from pyfastlora.ops import _gemm
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
 from pyfastlora.ops._shapes import like, rows_of
 from pyfastlora.ops._triton import triton_implementation
@@ -21,11 +25,11 @@ from pyfastlora.ops.lora_shrink import lora_shrink
 def lora_backward(
     dy: Tensor, b: Tensor, s: Tensor, *, scale: float = 1.0, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(scale * dy b [..., R] in float32, scale * dy^T s [O, R] in `dtype`); float64 for float64 dy.
+    """(scale * dy b [..., R] in s's dtype, dy^T s [O, R] in `dtype`).
 
-    dy [..., O] float, read in place where its columns are packed, else copied; b [O, R] of any float dtype;
-    s [..., R] as `lora_shrink` makes it; dtype a floating one, default b's. New tensors. Raises ValueError
-    when b or s does not fit dy.
+    dy [..., O] float, read in place where its columns are packed, else copied; b [O, R] and s [..., R] of any
+    float dtype; dtype a floating one, default b's. New tensors. Raises ValueError when b or s does not fit
+    dy.
     """
     fits = b.dim() == 2 and dy.dim() > 0 and dy.shape[-1] == b.shape[0]
     if not fits or s.shape != (*dy.shape[:-1], b.shape[1]):
@@ -38,14 +42,27 @@ def lora_backward(
 
 
 def two_passes(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    ds = lora_shrink(dy, b, transposed=True, scale=scale)
-    return ds, lora_grad(s, dy, scale=scale, transposed=True, dtype=dtype)
+    ds = lora_shrink(dy, b, transposed=True, scale=scale, dtype=s.dtype)
+    return ds, lora_grad(s, dy, transposed=True, dtype=dtype)
 
 
 def cpu(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dy.dtype == torch.float32:  # where the vendor's GEMMs are faster than ours
         return two_passes(dy, b, s, scale, dtype)
-    return native(dy, b, s, scale, dtype)
+    ds, db = native(dy, b, s.float(), scale, dtype)
+    return ds.to(s.dtype), db
+
+
+def gpu(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The vendor's GEMMs where they take the operands, else the kernel."""
+
+    def run(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if _gemm.takes(dy, b, s) and _gemm.takes_to(dtype, dy):
+            return _gemm.product(dy, b, scale), _gemm.product(dy.t(), s, dtype=dtype)
+        ds, db = kernel(dy, b, s.float(), scale, dtype)
+        return ds.to(s.dtype), db
+
+    return run
 
 
 def native(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -57,10 +74,11 @@ def native(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -
     return ds, db.to(dtype)
 
 
+TRITON = triton_implementation("lora_backward", "lora_backward")
 OP = Op(
     "lora_backward",
-    Implementation("gpu", native, why_not_gpu),
-    triton_implementation("lora_backward", "lora_backward"),
+    Implementation("gpu", gpu(native), why_not_gpu),
+    replace(TRITON, run=gpu(TRITON.run)),
     Implementation("cpu", cpu, why_not_cpu),
     Implementation("reference", two_passes, always),
 )

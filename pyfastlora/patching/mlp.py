@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pyfastlora.fused.mlp import fused_mlp, product_dtype
@@ -91,7 +92,11 @@ _classes: dict[tuple[type[nn.Module], Callable[..., Any]], type[FusedMLP]] = {}
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What its forward may ask of the module itself, but for its mode, in which it was matched both ways."""
-    return {name: v for name, v in module.__dict__.items() if name[0] != "_" and name != "training"}
+    return {name: v for name, v in module.__dict__.items() if _is_asked(name)}
+
+
+def _is_asked(name: str) -> bool:
+    return name[0] != "_" and name != "training"
 
 
 def _what_changed(module: FusedMLP, state: MLPState) -> str | None:
@@ -99,11 +104,12 @@ def _what_changed(module: FusedMLP, state: MLPState) -> str | None:
     kind = type(module)
     if kind.original.forward is not kind.matched:
         return f"{kind.original.__name__}.forward was replaced since: unpatch and patch the model again"
-    now = _attributes(module)
-    if now.keys() != state.attributes.keys():
-        names = ", ".join(sorted(now.keys() ^ state.attributes.keys()))
-        return f"its {names} came or went since: unpatch and patch the model again"
-    for name, value in state.attributes.items():
+    now, then = module.__dict__, state.attributes
+    # In a graph the forward before it has to do for those that came: torch 2.11 cannot trace `items`.
+    came = [] if torch.compiler.is_compiling() else [n for n in now if n not in then and _is_asked(n)]
+    if moved := [*came, *(name for name in then if name not in now)]:
+        return f"its {', '.join(sorted(moved))} came or went since: unpatch and patch the model again"
+    for name, value in then.items():
         other = now[name]
         equal = type(other) is type(value) and type(value) in _PLAIN and other == value
         if other is not value and not equal:

@@ -27,6 +27,11 @@ class FrozenWeight(Protocol):
         ...
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether PEFT's layer is one of those for quantised weights."""
+        ...
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What the backward pass needs of it, to go through `save_for_backward`."""
         ...

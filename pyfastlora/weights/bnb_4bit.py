@@ -78,6 +78,10 @@ class Bnb4bitWeight:
         return self.packed.shape
 
     @property
+    def is_quantised(self) -> bool:
+        return True
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         w = self.packed
         nested = (w.nested_code, w.nested_absmax, w.nested_offset)

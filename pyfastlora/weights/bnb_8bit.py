@@ -63,6 +63,10 @@ class Bnb8bitWeight:
         return self.packed.shape
 
     @property
+    def is_quantised(self) -> bool:
+        return True
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.packed.values, self.packed.absmax)
 

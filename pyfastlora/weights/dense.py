@@ -41,6 +41,10 @@ class DenseWeight:
         return self._matrix.shape[0], self._matrix.shape[1]
 
     @property
+    def is_quantised(self) -> bool:
+        return False
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.weight,)  # not its transpose: a view would outlive a partitioned parameter's storage
 

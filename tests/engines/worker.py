@@ -1,6 +1,6 @@
 """One of the processes of an engine: trains every case patched, and writes what it saw as it goes.
 
-    python -m torch.distributed.run --nproc_per_node 2 worker.py ENGINE/ENGINE/... DIRECTORY SECONDS
+python -m torch.distributed.run --nproc_per_node 2 worker.py ENGINE/ENGINE/... DIRECTORY SECONDS
 """
 
 from __future__ import annotations

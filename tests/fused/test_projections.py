@@ -106,11 +106,20 @@ def test_as_exact_as_peft_in_other_formats_under_autocast(features, x, kind):
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("features", FEATURES, ids=str)
-def test_as_exact_as_peft_in_the_order_of_the_other_devices(features, dtype, kind, monkeypatch):
-    """Expanding first where this device expands last, and the other way round."""
+def test_as_exact_as_peft_as_on_the_other_devices(features, dtype, kind, monkeypatch):
+    """Rounding S and expanding first where this device does not, and the other way round."""
     here = {DEVICE.type}
-    monkeypatch.setattr(region, "EXPAND_FIRST", set() if region.EXPAND_FIRST & here else here)
+    monkeypatch.setattr(region, "ROUND_AS_PEFT", set() if region.ROUND_AS_PEFT & here else here)
     compare([features], dtype, dtype, kind)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("x", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_as_exact_as_peft_under_autocast_as_on_the_other_devices(features, x, kind, monkeypatch):
+    here = {DEVICE.type}
+    monkeypatch.setattr(region, "ROUND_AS_PEFT", set() if region.ROUND_AS_PEFT & here else here)
+    compare([features], torch.bfloat16, torch.float32, kind, autocast=torch.bfloat16, x_dtype=x)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])

@@ -97,7 +97,7 @@ def test_expand(name, tokens, cols, ranks, dtype, factor_dtype, transposed, feat
     s = rows(tokens, ranks, torch.float32, seed=2)
     keep, mask = mask_of(tokens, cols)
     gain = rows(1, cols, torch.float32, seed=3)[0] if "gain" in feature else None
-    offset = rows(1, cols, dtype, seed=4)[0] if "offset" in feature else None
+    offset = rows(1, cols, dtype, seed=5)[0] if "offset" in feature else None
 
     def formula(to):
         term = s.to(to) @ b.to(to).t() * 0.25
@@ -120,6 +120,34 @@ def test_expand(name, tokens, cols, ranks, dtype, factor_dtype, transposed, feat
     y = torch.zeros_like(y)
     assert_as_exact(out, formula(torch.float32).to(dtype), formula(torch.float64))
     assert_fence_untouched(everything)
+
+
+@pytest.mark.parametrize("name", implementations("lora_shrink", "lora_expand", "lora_grad"))
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "mask"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_s_rounded_to_16_bits(name, dtype, masked):
+    """Of S and dS in x's dtype, which a GPU leaves to the vendor's GEMM."""
+    x, a, b = rows(33, 70, dtype, pitch=72), rows(5, 70, dtype, seed=1), rows(40, 5, dtype, seed=2)
+    keep, mask = mask_of(33, 70)
+    dropped, mask = (x.double() * keep * mask.scale, mask) if masked else (x.double(), None)
+    ds, offset = rows(33, 5, dtype, pitch=8, seed=3), rows(1, 40, dtype, seed=4)[0]
+    with backend(",".join(f"{op}={name}" for op in ("lora_shrink", "lora_expand", "lora_grad"))):
+        s = lora_shrink(x, a, mask=mask, scale=0.75, dtype=dtype)
+        up, shifted = (torch.empty(33, 40, dtype=dtype) for _ in range(2))
+        lora_expand(None, ds, b, scale=0.75, out=up)
+        lora_expand(None, ds, b, offset=offset, out=shifted)
+        grads = [lora_grad(ds, x, mask=mask, scale=0.75, dtype=to) for to in (dtype, torch.float32)]
+        grads.append(lora_grad(ds, x, mask=mask, scale=0.75, transposed=True, dtype=dtype).t())
+    assert s.dtype == dtype and grads[1].dtype == torch.float32
+    product, shrunk = ds.double() @ b.double().t(), 0.75 * (dropped @ a.double().t())
+    grad = 0.75 * (ds.double().t() @ dropped)
+    for ours, exact in (
+        (s, shrunk),
+        (up, 0.75 * product),
+        (shifted, product + offset),
+        *((g, grad) for g in grads),
+    ):
+        assert_as_exact(ours, exact.to(ours.dtype), exact)
 
 
 @pytest.mark.parametrize("name", implementations("lora_grad"))

@@ -24,8 +24,24 @@ def test_both_gradients(name, tokens, cols, ranks, pitch, dtype, factor_dtype, o
         ds, db = lora_backward(dy, b, s, scale=0.75, dtype=out_dtype)
     assert ds.dtype == torch.float32 and db.dtype == out_dtype and ds.is_contiguous() and db.is_contiguous()
     assert_as_exact(ds, 0.75 * (dy.float() @ b.float()), 0.75 * (dy.double() @ b.double()), "dS", terms=cols)
-    plain = (0.75 * (dy.float().t() @ s)).to(out_dtype)
-    assert_as_exact(db, plain, 0.75 * (dy.double().t() @ s.double()), "dB")
+    plain = (dy.float().t() @ s).to(out_dtype)
+    assert_as_exact(db, plain, dy.double().t() @ s.double(), "dB")
+
+
+@pytest.mark.parametrize("name", implementations("lora_backward"))
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=name_of)
+def test_ds_has_the_dtype_of_s(name, out_dtype):
+    dy, b, s = (
+        rows(*shape, torch.bfloat16, pitch=80, seed=i) for i, shape in enumerate(((33, 70), (70, 5), (33, 5)))
+    )
+    with backend(f"lora_backward={name}"):
+        ds, db = lora_backward(dy, b, s, scale=0.75, dtype=out_dtype)
+    for ours, exact, dtype in (
+        (ds, 0.75 * (dy.double() @ b.double()), torch.bfloat16),
+        (db, dy.double().t() @ s.double(), out_dtype),
+    ):
+        assert ours.dtype == dtype
+        assert_as_exact(ours, exact.to(dtype), exact)
 
 
 @pytest.mark.parametrize("name", implementations("lora_backward"))

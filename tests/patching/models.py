@@ -83,7 +83,8 @@ def toy_8bit(*, bias: bool = True, threshold: float = 6.0) -> nn.Module:
     model = Toy()
     sizes = {"up": (WIDTH, HIDDEN, bias), "down": (HIDDEN, WIDTH, False)}
     for name, (inputs, outputs, biased) in sizes.items():
-        layer = bnb.nn.Linear8bitLt(inputs, outputs, biased, has_fp16_weights=False, threshold=threshold)
+        with torch.device("cpu"):  # it is quantised on its way from there
+            layer = bnb.nn.Linear8bitLt(inputs, outputs, biased, has_fp16_weights=False, threshold=threshold)
         setattr(model, name, layer.to(DEVICE))
     model.is_loaded_in_8bit = True  # what PEFT dispatches on
     return model
