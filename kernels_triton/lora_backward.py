@@ -33,8 +33,8 @@ def _backward_kernel(
     cols,
     ranks,
     span,
-    ds_scale,
-    db_scale,
+    scale,
+    one,
     dy_pitch,
     b_col,
     b_rank,
@@ -57,9 +57,9 @@ def _backward_kernel(
         values = tl.load(dy + row * dy_pitch + col[None, :], (row < rows) & (col < cols)[None, :], 0.0)
         down = tl.load(s + row * s_pitch + rank * s_rank, (row < rows) & (rank < ranks), 0.0)
         # Added outside the matrix units, which truncate: a sum over all tokens there would lose several bits.
-        # The factor, of 1, keeps Triton from moving it inside.
-        sums += dot(tl.trans(values), down, PARTS) * db_scale
-        product = dot(values, factor) * ds_scale
+        # The factor keeps Triton from moving it inside.
+        sums += dot(tl.trans(values), down, PARTS) * one
+        product = dot(values, factor) * scale
         tl.store(ds + (part + row) * ranks + rank, product, (row < rows) & (rank < ranks))
     at = (tl.program_id(1).to(tl.int64) * cols + col[:, None]) * ranks + rank
     tl.store(db + at, sums.to(db.dtype.element_ty), inside)

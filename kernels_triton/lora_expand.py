@@ -30,6 +30,7 @@ def _expand_kernel(
     cols,
     ranks,
     scale,
+    one,
     y_pitch,
     s_pitch,
     s_rank,
@@ -57,13 +58,14 @@ def _expand_kernel(
         down = tl.load(s + at, rows_inside & (rank < ranks)[None, :], 0.0)
         at = rank[:, None].to(tl.int64) * b_rank + col[None, :].to(tl.int64) * b_col
         factor = tl.load(b + at, (rank < ranks)[:, None] & cols_inside, 0.0)
-        if out.dtype.element_ty == tl.float32:
-            # Added outside the matrix units, which truncate; the factor keeps Triton from moving it inside.
-            term += dot(down, factor) * scale
-        else:
+        if out.dtype.element_ty != tl.float32:
             term = split_dot(down, factor, PARTS, term)
-    if out.dtype.element_ty != tl.float32:
-        term *= scale
+        elif factor.dtype == tl.float32:
+            term = dot(down, factor, onto=term)
+        else:
+            # Added outside the matrix units, which truncate; the factor keeps Triton from moving it inside.
+            term += dot(down, factor) * one
+    term *= scale
     if bits is not None:
         byte = load_bits(bits, bits_pitch, row[:, None], rows_inside, first, cols, BLOCK_O)
         term = tl.where(kept(byte, BLOCK_T, BLOCK_O), term, 0.0)
@@ -113,6 +115,7 @@ def lora_expand(
         cols,
         s.shape[1],
         float(scale * mask_scale),
+        1.0,
         0 if y is None else y.stride(0),
         *s.stride(),
         b_col,
