@@ -242,7 +242,7 @@ def run_forward(
     kept = [_plan(x, p, cast) for p in projections]
     for p, k in zip(projections, kept, strict=True):
         if p.lora_A is not None and p.dropout > 0:
-            k.mask = dropout_mask(x, p.dropout, p.lora_A.dtype)  # PEFT casts x first
+            k.mask = dropout_mask(x, p.dropout, _dropped_dtype(x.dtype, x.device.type, p, cast))
     _shrink(rows, projections, kept)
     return [
         _forward(rows, p, k, _output_dtype(x, p, k.compute, cast))
@@ -550,9 +550,21 @@ def output_dtype(x: Tensor, p: Projection) -> torch.dtype:
 def _output_dtype(x: Tensor, p: Projection, compute: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
     """The base layer's; over a quantised one, under CUDA's autocast, PEFT leaves the sum as it comes out."""
     dtype = p.weight.output_dtype(x, compute)
-    if cast is None or p.lora_A is None or x.device.type != "cuda" or not p.weight.is_quantised:
+    if p.lora_A is None or _casts(x.device.type, p, cast) or cast is None:
         return dtype
     return torch.promote_types(dtype, cast if p.magnitude is None else p.magnitude.dtype)
+
+
+def _dropped_dtype(x: torch.dtype, device: str, p: Projection, cast: torch.dtype | None) -> torch.dtype:
+    """Of what PEFT's dropout is given: a GPU draws another mask for another dtype."""
+    return p.lora_A.dtype if p.lora_A is not None and _casts(device, p, cast) else x
+
+
+def _casts(device: str, p: Projection, cast: torch.dtype | None) -> bool:
+    """Whether PEFT's layer casts its input to the adapter's dtype, and its output to the base layer's: those
+    for quantised weights do unless `torch.is_autocast_enabled()`, which asks CUDA's autocast alone.
+    """
+    return not (p.weight.is_quantised and device == "cuda" and cast is not None)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

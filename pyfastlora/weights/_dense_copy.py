@@ -40,6 +40,8 @@ def dense_copy(w: Packed4bit, dtype: torch.dtype, values: torch.dtype, *, gradie
     (rows, cols), device = w.shape, w.packed.device
     shape = (rows + ROOM, cols + ROOM)
     if not _in_backward():
+        if not torch.compiler.is_compiling():
+            _forget()
         return _fill(scratch(shape, dtype, device), w, values)
     key = (w.packed.data_ptr(), dtype, values)
     if gradient:
@@ -54,6 +56,14 @@ def kept() -> Kept:
     """What the backward pass that runs has kept so far; nothing where none runs."""
     found = _last() if _last else None
     return Kept() if found is None else found
+
+
+def _forget() -> None:
+    """Drop what a backward pass left that raised: on a GPU its thread holds the pass until it has another."""
+    global _last
+    if _last is not None and (found := _last()) is not None:
+        found.clear()
+    _last = None
 
 
 def _keep(key: tuple[int, torch.dtype, torch.dtype], copy: tuple[Tensor, Tensor]) -> None:

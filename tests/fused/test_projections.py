@@ -133,6 +133,29 @@ def test_as_exact_as_peft_under_autocast(features, base, x, kind):
     compare([features], base, torch.float32, kind, autocast=torch.bfloat16, x_dtype=x)
 
 
+@pytest.mark.parametrize("features", [Features(), Features(dora=True)], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "device", "cast", "casts"),
+    [
+        ("dense", "cuda", torch.bfloat16, True),
+        ("nf4", "cuda", torch.bfloat16, False),
+        ("int8", "cuda", torch.bfloat16, False),
+        ("nf4", "cuda", None, True),
+        ("nf4", "cpu", torch.bfloat16, True),
+    ],
+)
+def test_where_pefts_layer_casts(features, kind, device, cast, casts):
+    """peft/tuners/lora/bnb.py: requires_conversion. It decides on the mask's dtype and on the output's."""
+    p = projection_of(peft_layer(features, torch.bfloat16, torch.float32, kind=kind))
+    assert region._casts(device, p, cast) == casts
+    assert region._dropped_dtype(torch.bfloat16, device, p, cast) == (
+        torch.float32 if casts else torch.bfloat16
+    )
+    x = noise(1, 128, dtype=torch.bfloat16)
+    if device == x.device.type:
+        assert region._output_dtype(x, p, torch.bfloat16, cast) == torch.bfloat16
+
+
 SIBLINGS = [Features(rank=3), Features(dropout=0.2), Features(dora=True, base_bias=True)]
 
 

@@ -23,7 +23,8 @@ def test_as_close_as_a_dense_product(name, dtype, transposed, tokens, shape):
     with backend(f"matmul_4bit={name}"):
         ours = matmul_4bit(x, w, transposed=transposed)
     assert ours.dtype == dtype
-    assert_as_exact(ours, x @ dense, x.double() @ dense.double())
+    terms = x.shape[1] if dtype == torch.float32 else 0
+    assert_as_exact(ours, x @ dense, x.double() @ dense.double(), terms=terms)
 
 
 @pytest.mark.parametrize("name", implementations("matmul_4bit"))
