@@ -72,10 +72,15 @@ def gpu_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "pyfastlora": pyfastlora.__version__,
-        **{name: _version(name) for name in (*PACKAGES, "triton", "liger-kernel")},
+        **versions(),
         "commit": _commit(),
         "load": load(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a GPU's figures depend on."""
+    return {name: _version(name) for name in (*PACKAGES, "triton", "liger-kernel")}
 
 
 def load() -> list[float]:

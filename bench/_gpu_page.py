@@ -67,9 +67,10 @@ def summary(results: Results) -> str:
     lines = []
     for row in _rows(results, "layers", "tax"):
         if (row["level"], row["model"]) == ("linears", "8B"):
-            cells = [_arrow(row, adapter) for adapter in ADAPTERS]
+            cells = [_arrow(row, adapter, of) for of in ("tax", "wall_tax") for adapter in ADAPTERS]
             lines.append([f"{row['storage']} {row['feature']}, T = {row['tokens']}", *cells])
-    head = ["8B layer, GPU time: adapter tax, PEFT → ours", *ADAPTERS]
+    head = ["Adapter tax of an 8B layer, PEFT → ours"]
+    head += [f"{of}, {adapter}" for of in ("GPU", "wall") for adapter in ADAPTERS]
     return markdown(head, lines) if lines else "No layer was measured."
 
 
@@ -317,12 +318,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _arrow(row: Row, adapter: str) -> str:
-    ours = row["tax"].get(f"ours {adapter}")
+def _arrow(row: Row, adapter: str, of: str) -> str:
+    ours, peft = (row[of].get(f"{who} {adapter}") for who in ("ours", "PEFT"))
     if ours is None:
         return ""
-    peft = _figure(row["tax"].get(f"PEFT {adapter}")) or "none"
-    return f"{peft} → {_figure(ours)}" + " ▼" * _slower(row, f"ours {adapter}")
+    slower = peft is not None and ours["median"] > peft["median"]
+    return f"{_figure(peft) or 'none'} → {_figure(ours)}" + " ▼" * slower
 
 
 def _text(value: Any) -> str:

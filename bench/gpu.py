@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from bench._environment import ROOT, gpu_environment, gpu_slug, load
+from bench._environment import ROOT, gpu_environment, gpu_slug, load, versions
 from bench._gpu_run import Outcome, Run, stream
 from bench._results import HOME
 from bench._stream import GRACE, end_children, ending, plain, reason_of, run_child
@@ -64,6 +64,7 @@ def install(run: Run, until: float) -> Outcome:
         code = run_child(command, run.env, log, until)
         if code != 0:
             failed.append(f"{name}: {ending(code, log)}")
+    run.results.environment.update(versions())
     if failed:
         return Outcome("failed", f"{len(commands) - len(failed)} installed; {'; '.join(failed)}")
     return Outcome("done", ", ".join(commands)) if commands else Outcome("skipped", "nothing to install")
