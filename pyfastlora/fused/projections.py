@@ -46,7 +46,7 @@ from pyfastlora.ops import (
     lora_shrink_many,
 )
 from pyfastlora.ops._registry import requests, requests_in_force
-from pyfastlora.ops._shapes import rows_of, stack
+from pyfastlora.ops._shapes import as_dtype, rows_of, stack
 from pyfastlora.weights import FrozenWeight
 
 
@@ -258,7 +258,7 @@ def _plan(x: Tensor, p: Projection, cast: torch.dtype | None) -> Kept:
         return k
     k.a, k.b, narrow = p.lora_A, p.lora_B, cast or p.lora_A.dtype
     if x.device.type in ROUND_AS_PEFT and narrow == torch.bfloat16:
-        k.a, k.b, k.adapter = p.lora_A.to(narrow), p.lora_B.to(narrow), narrow
+        k.a, k.b, k.adapter = as_dtype(p.lora_A, narrow), as_dtype(p.lora_B, narrow), narrow
     return k
 
 
@@ -288,17 +288,15 @@ def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -
 
 def _forward(rows: Tensor, p: Projection, k: Kept, dtype: torch.dtype) -> Tensor:
     """y [T, O] in `dtype`; fills `base`, `norm` and `wide`."""
-    cast = rows.to(k.compute)
-    if (y := _forward_extended(cast, p, k)) is not None:
-        return y.to(dtype)
+    given = as_dtype(rows, k.compute)
+    if (y := _forward_extended(given, p, k)) is not None:
+        return as_dtype(y, dtype)
     first = k.rounded and k.adapter == k.compute == dtype and p.magnitude is None
     if first and k.b is not None and k.s is not None:
-        y = cast.new_empty(cast.shape[0], k.b.shape[0])
+        y = given.new_empty(given.shape[0], k.b.shape[0])
         lora_expand(None, k.s, k.b, offset=_offset(p), out=y)
-        return p.weight.linear(cast, onto=y)
-    y = p.weight.linear(cast)
-    if y.dtype != dtype:
-        y = y.to(dtype)
+        return p.weight.linear(given, onto=y)
+    y = as_dtype(p.weight.linear(given), dtype)
     if p.lora_A is None or p.lora_B is None or k.b is None or k.s is None:
         return y if p.bias is None else y.add_(p.bias)
     if p.magnitude is None:
@@ -459,9 +457,9 @@ def input_grad(parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tenso
     assert dx is not None
     if first:
         return dx
-    dx = dx.to(torch.promote_types(dx.dtype, dtype))  # the wider one until everything is in
+    dx = as_dtype(dx, torch.promote_types(dx.dtype, dtype))  # the wider one until everything is in
     _add_terms(dx, terms, columns, dtype)
-    return dx.to(dtype)
+    return as_dtype(dx, dtype)
 
 
 def _add_terms(dx: Tensor | None, parts: Sequence[Part], columns: int, dtype: torch.dtype) -> Tensor | None:
@@ -485,12 +483,12 @@ def _extends(part: Part) -> bool:
         return False
     if not p.weight.has_room(part.dy):  # before dy is cast for nothing
         return False
-    return extension.pays(part.dy.to(k.gradient), k.a.shape[1], ds, k.a)
+    return extension.pays(as_dtype(part.dy, k.gradient), k.a.shape[1], ds, k.a)
 
 
 def _add_extended(part: Part, dx: Tensor | None) -> Tensor:
     assert part.ds is not None and part.k.a is not None
-    rows = part.dy.to(part.k.gradient)
+    rows = as_dtype(part.dy, part.k.gradient)
     copy = part.p.weight.copy_with_room(rows, gradient=True)
     same = dx is not None and dx.dtype == rows.dtype
     grad = extension.input_grad(copy, rows, part.ds, part.k.a, dx if same else None)
@@ -501,7 +499,7 @@ def _add_base_grad(part: Part, dx: Tensor | None) -> Tensor:
     """dx plus the gradient through W: (g dy) W; under DoRA's dropout dy W + D(((g - 1) dy) W)."""
     p, k, dy, dz = part.p, part.k, part.dy, part.dy if part.dz is None else part.dz
     if k.mask is None or k.wide is None:
-        dz = dz.to(k.gradient)
+        dz = as_dtype(dz, k.gradient)
         same = dx is not None and dx.dtype == dz.dtype
         grad = p.weight.input_grad(dz, dx if same else None)
         return grad if dx is None or same else dx + grad

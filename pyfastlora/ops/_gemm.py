@@ -14,20 +14,16 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def takes(first: Tensor, *others: Tensor | torch.dtype) -> bool:
-    """Whether all operands, and the results named by dtype, are of one 16-bit dtype."""
-    dtype = first.dtype
-    return dtype in DTYPES and all((t.dtype if isinstance(t, Tensor) else t) == dtype for t in others)
+def takes(first: torch.dtype, *others: torch.dtype) -> bool:
+    """Whether operands and results are of one 16-bit dtype."""
+    return first in DTYPES and others.count(first) == len(others)
 
 
-def takes_to(dtype: torch.dtype, *operands: Tensor) -> bool:
-    """`takes`, with a result that may also be float32: CUDA's GEMM writes its sums as they are."""
-    if not takes(*operands):
-        return False
-    device = operands[0].device.type
-    return dtype == operands[0].dtype or (
-        dtype == torch.float32 and device == "cuda" and torch.version.hip is None
-    )
+def gives(dtype: torch.dtype, a: Tensor) -> bool:
+    """Whether products of `a` come in this dtype: its own, or float32, as CUDA's GEMM writes its sums."""
+    if dtype == a.dtype:
+        return True
+    return dtype == torch.float32 and a.device.type == "cuda" and torch.version.hip is None
 
 
 def product(a: Tensor, b: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,4 +43,6 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, scale: float, offset: Tensor
         return out.copy_(value if offset is None else value + offset)
     if offset is not None:
         return torch.addmm(offset, a, b, alpha=scale, out=out)
+    if scale == 1:
+        return torch.mm(a, b, out=out)
     return out.addmm_(a, b, beta=0, alpha=scale)

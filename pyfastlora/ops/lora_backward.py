@@ -57,7 +57,7 @@ def gpu(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Ten
     """The vendor's GEMMs where they take the operands, else the kernel."""
 
     def run(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        if _gemm.takes(dy, b, s) and _gemm.takes_to(dtype, dy):
+        if _gemm.takes(dy.dtype, b.dtype, s.dtype) and _gemm.gives(dtype, dy):
             return _gemm.product(dy, b, scale), _gemm.product(dy.t(), s, dtype=dtype)
         ds, db = kernel(dy, b, s.float(), scale, dtype)
         return ds.to(s.dtype), db

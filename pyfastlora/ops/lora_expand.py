@@ -111,9 +111,9 @@ def gpu(kernel: Callable[..., None]) -> Callable[..., None]:
         offset: Tensor | None,
         out: Tensor,
     ) -> None:
-        factor = b if transposed else b.t()
-        if y is mask is gain is None and _gemm.takes(out, s, b, out if offset is None else offset):
-            _gemm.product_into(out, s, factor, scale, offset)
+        shift = out.dtype if offset is None else offset.dtype
+        if y is mask is gain is None and _gemm.takes(out.dtype, s.dtype, b.dtype, shift):
+            _gemm.product_into(out, s, b if transposed else b.t(), scale, offset)
             return
         kernel(y, s.float(), b, transposed, mask, scale, gain, offset, out)
 

@@ -83,7 +83,7 @@ def gpu(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(
         s: Tensor, x: Tensor, mask: DropoutMask | None, scale: float, transposed: bool, dtype: torch.dtype
     ) -> Tensor:
-        if mask is None and _gemm.takes_to(dtype, s, x):
+        if mask is None and _gemm.takes(x.dtype, s.dtype) and _gemm.gives(dtype, x):
             left, right = (x, s) if transposed else (s, x)
             return _gemm.product(left.t(), right, scale, dtype)
         return kernel(s.float(), x, mask, scale, transposed, dtype)

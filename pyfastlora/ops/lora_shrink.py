@@ -80,7 +80,7 @@ def gpu(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(
         x: Tensor, a: Tensor, transposed: bool, mask: DropoutMask | None, scale: float, dtype: torch.dtype
     ) -> Tensor:
-        if mask is None and _gemm.takes(x, a, dtype):
+        if mask is None and _gemm.takes(x.dtype, a.dtype, dtype):
             return _gemm.product(x, a if transposed else a.t(), scale)
         return kernel(x, a, transposed, mask, scale).to(dtype)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfastlora.ops import dora_norm
+from pyfastlora.ops._shapes import as_dtype
 from pyfastlora.weights._panels import norm_in_panels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -66,11 +67,11 @@ class DenseWeight:
         return compute
 
     def linear(self, x: Tensor, *, stored: bool = False, onto: Tensor | None = None) -> Tensor:
-        weight = self._matrix.to(x.dtype)
+        weight = as_dtype(self._matrix, x.dtype)
         return F.linear(x, weight) if onto is None else onto.addmm_(x, weight.t())
 
     def input_grad(self, dy: Tensor, dx: Tensor | None = None, *, stored: bool = False) -> Tensor:
-        weight = self._matrix.to(dy.dtype)
+        weight = as_dtype(self._matrix, dy.dtype)
         return torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
 
     def has_room(self, x: Tensor) -> bool:

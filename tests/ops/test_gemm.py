@@ -66,8 +66,8 @@ def test_the_rest_is_the_kernels(run):
 
 
 def test_a_wide_result_of_narrow_operands_is_for_cuda_alone():
-    assert _gemm.takes_to(BF16, S, X) and not _gemm.takes_to(torch.float64, S, X)
-    assert _gemm.takes_to(F32, S, X) == (X.is_cuda and torch.version.hip is None)
+    assert _gemm.gives(BF16, X) and not _gemm.gives(torch.float64, X)
+    assert _gemm.gives(F32, X) == (X.is_cuda and torch.version.hip is None)
 
 
 def test_rows_are_taken_as_they_lie():
