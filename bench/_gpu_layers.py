@@ -348,6 +348,8 @@ def _variants(
     if peft is not None and case.level == "compiled":
         torch._dynamo.reset()
         yield "PEFT compiled", lambda: Step(_twin(peft), given, True, compiled=True)
+        ours = models["ours fp32+ac"]  # itself: a copy's siblings would have to be found again
+        yield "ours compiled", lambda: Step(ours, given, True, compiled=True)
     if peft is not None and case.level == "rivals":
         for name, module in RIVALS.items():
             yield name, functools.partial(_foreign, module, peft, given)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
-from pyfastlora.trainer.data.registry import prompt_type_names
+from pyfastlora.trainer.data import template
+from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
 
 
 def _no_bool(value: Any) -> Any:
@@ -63,11 +64,35 @@ class CheckpointingKeys(Keys):
     use_reentrant: bool = Field(default=False, description="torch's older kind of checkpointing")
 
 
+class TemplateKeys(Keys):
+    """A dataset's type as a template of its own."""
+
+    field_instruction: str = Field("instruction", description="the field of the instruction")
+    field_input: str = Field("input", description="the field of its input, where a row has one")
+    field_output: str = Field("output", description="the field of the response")
+    field_system: str | None = Field(None, description="the field of the system text, if rows have one")
+    system_prompt: str = Field("", description="the system text of rows without one")
+    system_format: str = Field("{system}", description="how the system text is written, before the rest")
+    format: str = Field("{instruction} {input}", description="the prompt, of {instruction} and {input}")
+    no_input_format: str | None = Field(None, description="the same of rows without input (default: format)")
+
+    @field_validator("system_format", "format", "no_input_format")
+    @classmethod
+    def _can_be_filled_in(cls, value: str | None, info: ValidationInfo) -> str | None:
+        names = ("system",) if info.field_name == "system_format" else ("instruction", "input")
+        reason = None if value is None else template.why_not(value, names)
+        if reason is not None:
+            raise ValueError(reason)
+        return value
+
+
 class DatasetKeys(Keys):
     """One entry of datasets or test_datasets."""
 
     path: str = Field(description="a file, a folder, or a dataset on the Hugging Face hub (owner/name)")
-    type: str = Field(description="how a row becomes a prompt and a response")
+    type: str | TemplateKeys | None = Field(
+        None, description="how a row becomes text: a name, or a template; without it rows are token ids"
+    )
     field: str | None = Field(None, description="completion: the field that holds the text (default: text)")
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(
         None, description="the format of the files, where their names do not tell"
@@ -76,11 +101,32 @@ class DatasetKeys(Keys):
     name: str | None = Field(None, description="hub: the configuration of the dataset")
     split: str = Field("train", description="hub: the split")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
+    chat_template: Literal["tokenizer_default", "chatml", "jinja"] = Field(
+        "tokenizer_default", description="chats: the template"
+    )
+    chat_template_jinja: str | None = Field(None, description="chats: its text, of chat_template: jinja")
+    field_messages: str | None = Field(
+        None, description="chats: the field of the messages (messages; sharegpt: conversations)"
+    )
+    message_property_mappings: dict[Literal["role", "content"], str] = Field(
+        {}, description="chats: what a message calls its role and content (sharegpt: from, value)"
+    )
+    roles: dict[str, list[str]] | None = Field(None, description="chats: the names that each role goes by")
+    roles_to_train: list[str] = Field(["assistant"], description="chats: whose messages are trained on")
+    train_on_eos: Literal["turn", "all", "last", "none"] = Field(
+        "turn", description="chats: the end tokens trained on: of trained turns, of all, of the last, none"
+    )
+    message_field_training: str | None = Field(
+        None, description="chats: a field of messages, true or false, that decides instead"
+    )
+    field_tools: str | None = Field(
+        None, description="chats: the field of the tools, for templates with tools"
+    )
 
     @field_validator("type")
     @classmethod
-    def _known_type(cls, value: str) -> str:
-        if value not in prompt_type_names():
+    def _known_type(cls, value: str | TemplateKeys | None) -> str | TemplateKeys | None:
+        if isinstance(value, str) and value not in prompt_type_names():
             raise ValueError(f"must be one of {', '.join(prompt_type_names())}; got {value!r}")
         return value
 
@@ -331,7 +377,26 @@ def _field_is_for_completion(c: Config) -> Iterator[Conflict]:
     for section in ("datasets", "test_datasets"):
         for i, d in enumerate(getattr(c, section)):
             if d.field is not None and d.type != "completion":
-                yield (f"{section}[{i}].field",), f"field goes with type: completion; got type: {d.type}"
+                got = d.type if isinstance(d.type, str) else "a template" if d.type else "none"
+                yield (f"{section}[{i}].field",), f"field goes with type: completion; got type: {got}"
+
+
+_CHAT_KEYS = (
+    *("chat_template", "chat_template_jinja", "field_messages", "message_property_mappings", "roles"),
+    *("roles_to_train", "train_on_eos", "message_field_training", "field_tools"),
+)
+
+
+def _chat_keys_are_for_chats(c: Config) -> Iterator[Conflict]:
+    for section in ("datasets", "test_datasets"):
+        for i, d in enumerate(getattr(c, section)):
+            at = f"{section}[{i}]"
+            given = [k for k in _CHAT_KEYS if getattr(d, k) != DatasetKeys.model_fields[k].default]
+            if given and d.type not in CHATS:
+                yield (f"{at}.{given[0]}",), f"{given[0]} goes with type: {' or '.join(CHATS)}"
+            if (d.chat_template == "jinja") != (d.chat_template_jinja is not None):
+                keys = (f"{at}.chat_template_jinja", f"{at}.chat_template")
+                yield keys, "chat_template: jinja and chat_template_jinja, its text, go together"
 
 
 def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
@@ -352,5 +417,6 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _strategy_fits_steps,
     _one_held_out_set,
     _field_is_for_completion,
+    _chat_keys_are_for_chats,
     _packed_or_grouped,
 )

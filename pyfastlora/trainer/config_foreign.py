@@ -28,7 +28,7 @@ REFUSED: dict[str, str] = {
     "early_stopping_patience": _NOT_HERE,
     "batch_size": "say micro_batch_size and gradient_accumulation_steps (batch_size is their product)",
     "pretraining_dataset": "give the text as datasets with type: completion",
-    "chat_template": "samples have type alpaca or completion; remove the key",
+    "chat_template": "say it of each of datasets, beside type: chat_template",
     "rl": _NOT_HERE,
     "plugins": _NOT_HERE,
     "torch_compile": _NOT_HERE,

@@ -276,6 +276,7 @@ _UNIONS = {
     "sample_packing": "true, false or auto",
     "lora_target_modules": "a list of module names, or one regular expression",
     "data_files": "a file name or a list of them",
+    "type": "a name, or a mapping that is a template",
 }
 
 

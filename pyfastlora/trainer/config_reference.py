@@ -25,12 +25,13 @@ from pyfastlora.trainer.config import (
     OptimisationKeys,
     RunKeys,
     SpecialTokens,
+    TemplateKeys,
 )
 
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 _GROUPS: tuple[type[Keys], ...] = (
     *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, RunKeys),
-    *(DatasetKeys, SpecialTokens, BnbKeys, CheckpointingKeys),
+    *(DatasetKeys, TemplateKeys, SpecialTokens, BnbKeys, CheckpointingKeys),
 )
 
 

@@ -11,6 +11,7 @@ from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED
 from pyfastlora.trainer.config_load import load_config
 from pyfastlora.trainer.config_reference import reference, updated
+from pyfastlora.trainer.data.registry import prompt_type_names
 from pyfastlora.trainer.errors import ConfigError
 
 GOOD = """\
@@ -93,7 +94,8 @@ def test_missing_keys(mistakes):
         "cfg.yaml: learning_rate: required key is missing",
         "cfg.yaml:2: datasets[0].path: required key is missing",
         "cfg.yaml:2: datasets[0].pth: unknown key; did you mean path?",
-        "cfg.yaml:3: datasets[0].type must be one of alpaca, completion; got 'alpacca'; did you mean alpaca?",
+        f"cfg.yaml:3: datasets[0].type must be one of {', '.join(prompt_type_names())}; got 'alpacca'; "
+        "did you mean alpaca?",
         "cfg.yaml:4: nothing to adapt: set lora_target_linear: true, or list lora_target_modules",
     ]
 

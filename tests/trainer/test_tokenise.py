@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pyfastlora.trainer.config import DatasetKeys
 from pyfastlora.trainer.data.registry import prompt_type
 from pyfastlora.trainer.data.sources import NumberedRow
 from pyfastlora.trainer.data.tokenise import IGNORED, Counts, Rules, tokenise
@@ -21,11 +22,15 @@ WITHOUT_INPUT = (
 )
 
 
-def samples(tokenizer, rows, kind="alpaca", field=None, counts=None, **rules):
+def entry(kind, **keys):
+    return DatasetKeys(path="-", type=kind, **keys)
+
+
+def samples(tokenizer, rows, kind="alpaca", field=None, counts=None, keys=None, **rules):
     numbered = [NumberedRow(f"data.jsonl:{i}", row) for i, row in enumerate(rows, 1)]
     tables = tokenise(
         numbered,
-        prompt_type(kind, field),
+        prompt_type(entry(kind, field=field, **(keys or {})), tokenizer),
         tokenizer,
         Rules(**{"sequence_len": 512, **rules}),
         counts or Counts(),

@@ -65,6 +65,81 @@ def test_trains_and_saves(config, tmp_path, adapter, fastlora):
         )
 
 
+TALKS = [
+    [{"from": "human", "value": f"greet {n % 3}"}, {"from": "gpt", "value": "hello " * (1 + n % 3)}]
+    for n in range(24)
+]
+TOKENS = [[0, *range(40 + n % 3, 60), 1] for n in range(24)]
+#: rows, the entry's keys, and more of the configuration
+KINDS = {
+    "chat_template qlora": (
+        [
+            {
+                "messages": [
+                    {"role": role, "content": said["value"]}
+                    for role, said in zip(("user", "assistant"), talk, strict=True)
+                ]
+            }
+            for talk in TALKS
+        ],
+        {"type": "chat_template", "chat_template": "chatml"},
+        {"adapter": "qlora"},
+    ),
+    "sharegpt packed": (
+        [{"conversations": talk} for talk in TALKS],
+        {"type": "sharegpt", "chat_template": "chatml"},
+        {"sample_packing": True},
+    ),
+    "own template dora": (
+        [{"ask": talk[0]["value"], "answer": talk[1]["value"]} for talk in TALKS],
+        {
+            "type": {
+                "field_instruction": "ask",
+                "field_output": "answer",
+                "system_prompt": "Be kind.",
+                "format": "[{instruction}] ",
+            }
+        },
+        {"peft_use_dora": True},
+    ),
+    "token ids packed": (
+        [{"input_ids": ids, "labels": ids} for ids in TOKENS],
+        {},
+        {"sample_packing": True},
+    ),
+    "segments": (
+        [
+            {
+                "segments": [
+                    {"label": False, "text": f"<s>{talk[0]['value']}\n"},
+                    {"label": True, "text": talk[1]["value"] + "</s>"},
+                ]
+            }
+            for talk in TALKS
+        ],
+        {"type": "input_output"},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "keys", "more"), KINDS.values(), ids=KINDS)
+def test_every_kind_of_data_trains(write_jsonl, config_file, tmp_path, rows, keys, more):
+    if more.get("adapter") == "qlora":
+        pytest.importorskip("bitsandbytes")
+    path = config_file(write_jsonl(rows))
+    written = yaml.safe_load(path.read_text())
+    written["datasets"] = [{"path": written["datasets"][0]["path"], **keys}]
+    path.write_text(yaml.safe_dump(written | more | {"max_steps": 10, "save_strategy": "no"}))
+    run(path)
+    losses = [line["loss"] for line in log(tmp_path / "out", "train")]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.3
+    if "chat_template" in keys:
+        from transformers import AutoTokenizer
+
+        assert "<|im_start|>" in AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
 def base_of(config: Path):
     from transformers import AutoModelForCausalLM
 

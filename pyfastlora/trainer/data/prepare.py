@@ -73,9 +73,7 @@ def _together(
     tables = []
     for i, entry in enumerate(entries):
         key, count = f"{section}[{i}]", Counts()
-        for table in tokenise(
-            read_rows(entry, key), prompt_type(entry.type, entry.field), tokenizer, rules, count
-        ):
+        for table in tokenise(read_rows(entry, key), prompt_type(entry, tokenizer), tokenizer, rules, count):
             tables.append(table)
             progress(count.rows)
         counts[f"{key} {entry.path}"] = count

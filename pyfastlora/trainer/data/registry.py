@@ -1,31 +1,52 @@
-"""The prompt families by name. A new one is a file with a PROMPT_TYPE beside this one, and its entry here."""
+"""The prompt families by name. A new one is a file beside this one, and its entry here."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from pyfastlora.trainer.data import alpaca, completion
+from pyfastlora.trainer.data import alpaca, chat, completion, instruct, segments, template, tokenised
 from pyfastlora.trainer.data.prompt import PromptType, Row
 
-_TYPES = {t.name: t for t in (alpaca.PROMPT_TYPE, completion.PROMPT_TYPE)}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pyfastlora.trainer.config import DatasetKeys
+
+_FIXED = {
+    t.name: t
+    for t in (alpaca.PROMPT_TYPE, *instruct.PROMPT_TYPES, completion.PROMPT_TYPE, segments.PROMPT_TYPE)
+}
+CHATS = ("chat_template", *chat.SHAREGPT)
 
 
 def prompt_type_names() -> tuple[str, ...]:
-    """Every value that a dataset's `type` may have."""
-    return tuple(_TYPES)
+    """Every name that a dataset's `type` may have; it may also be a template, or absent."""
+    return (*_FIXED, *CHATS)
 
 
-def prompt_type(name: str, field: str | None = None) -> PromptType:
-    """The family called name; `field` is the dataset's own name for its text, where the family takes one."""
-    found = _TYPES[name]
-    if field is None or found.fields == (field,):
+def prompt_type(entry: DatasetKeys, tokenizer: PreTrainedTokenizerBase) -> PromptType:
+    """What a dataset's rows are, for this tokenizer."""
+    if entry.type is None:
+        return tokenised.PROMPT_TYPE
+    if not isinstance(entry.type, str):
+        return template.prompt_type(entry.type)
+    if entry.type in CHATS:
+        return chat.prompt_type(entry, tokenizer)
+    found = _FIXED[entry.type]
+    if entry.field is None or found.fields == (entry.field,):
         return found
     assert found.takes_field, "config.py refuses field for the others"
     (own,) = found.fields
-    return dataclasses.replace(found, fields=(field,), render=lambda row: found.render({own: row[field]}))
+    wanted = entry.field
+    return dataclasses.replace(found, fields=(wanted,), render=lambda row: found.render({own: row[wanted]}))
 
 
 def fitting_types(row: Row) -> Iterable[str]:
     """Names of the families that could take this row: advice for someone who chose another."""
-    return [t.name for t in _TYPES.values() if t.why_not(row) is None]
+    fits = [t.name for t in _FIXED.values() if t.why_not(t.spelled(row)) is None]
+    for field, name in (("messages", "chat_template"), ("conversations", "sharegpt")):
+        if isinstance(row, dict) and isinstance(row.get(field), list):
+            fits.append(name)
+    return fits

@@ -74,25 +74,33 @@ def tokenise(
 
     Raises DataError for a row that does not fit prompt_type, and for a long one where rules say `raise`.
     """
-    ends = ends_of(tokenizer)
+    ends = ends_of(tokenizer) if prompt_type.ends else Ends()
     rows = iter(rows)
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         counts.rows += len(batch)
-        pieces = [_pieces(row, prompt_type) for row in batch]
-        ids = _encode(tokenizer, [piece.text for sample in pieces for piece in sample])
+        rendered = [_checked(row, prompt_type) for row in batch]
+        if prompt_type.tokenised:
+            joined = [(row.values["input_ids"], row.values["labels"]) for row in batch]
+        else:
+            ids = _encode(tokenizer, [piece.text for sample in rendered for piece in sample])
+            joined = [_join(sample, ids, ends, rules.train_on_inputs) for sample in rendered]
         samples: list[tuple[list[int], list[int]]] = []
-        for row, sample in zip(batch, pieces, strict=True):
-            joined = _join(sample, ids, ends, rules.train_on_inputs)
-            samples += _fit(joined, row.where, prompt_type, rules, counts)
+        for row, sample in zip(batch, joined, strict=True):
+            samples += _fit(sample, row.where, prompt_type, rules, counts)
         yield _table(samples, counts)
 
 
-def _pieces(row: NumberedRow, prompt_type: PromptType) -> tuple[Piece, ...]:
-    reason = prompt_type.why_not(row.values)
+def _checked(row: NumberedRow, prompt_type: PromptType) -> tuple[Piece, ...]:
+    """The pieces of a row that fits its type."""
+    values = prompt_type.spelled(row.values)
+    reason = prompt_type.why_not(values)
     if reason is not None:
         fits = [t for t in fitting_types(row.values) if t != prompt_type.name]
         raise DataError(f"{row.where}: {reason}" + (f" (type: {fits[0]} would fit)" if fits else ""))
-    return prompt_type.render(row.values)
+    try:
+        return prompt_type.render(values)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error}") from None
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
