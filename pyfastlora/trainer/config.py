@@ -189,6 +189,9 @@ class DataKeys(Keys):
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop", description="what happens to a longer one; completion is split instead"
     )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="what happens to a row that does not fit its type; skipped ones are counted"
+    )
     train_on_inputs: bool = Field(False, description="true: the prompt is trained on as well")
     pad_to_sequence_len: bool = Field(
         False, description="true: pad to sequence_len, not to the longest of the batch"

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pyfastlora.trainer.config import DatasetKeys
+from pyfastlora.trainer.data import older
 from pyfastlora.trainer.data.registry import CHATS, prompt_type, prompt_type_names
 from pyfastlora.trainer.data.tokenise import IGNORED, Counts
 from pyfastlora.trainer.errors import DataError
@@ -88,6 +89,117 @@ def test_a_row_without_its_fields_is_told_what_would_fit(make_tokenizer):
     ):
         with pytest.raises(DataError, match=rf"data.jsonl:1: type .* needs .*\(type: {fits} would fit\)"):
             samples(make_tokenizer(), [row], kind)
+
+
+ARTICLE = {"article": "A fox.", "question": "Who?", "unanswerable_question": "Why?", "answer": "it"}
+CRITIQUE = {
+    "instruction": "Greet.",
+    "answer": "HI",
+    "scores": {"tone": 3},
+    "critiques": ["é"],
+    "revision": "Hi!",
+}
+JUDGED = "scores:\n  tone: 3\ncritiques:\n- é\n"
+CHOICES = {"question": "Who?", "choices": ["a fox", "a dog"]}
+LISTED = '- "a fox"\n- "a dog"'
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "prompt", "response"),
+    [
+        (
+            "jeopardy",
+            {"question": "It says hello", "category": "foxes", "answer": "the fox"},
+            older.QUIZ + "### Instruction:\nIt says hello\n\n### Input:\nfoxes\n\n### Response:\n",
+            "what is the fox",
+        ),
+        (
+            "reflection",
+            {"instruction": "Greet.", "output": "HI", "reflection": "too loud", "corrected": "Hi."},
+            older.REFLECT + "### Instruction:\nGreet.\n\n### Response:\n",
+            "### Thought:\nHI\n\n### Agent Reflection:\ntoo loud\n\n### Final Response:\nHi.",
+        ),
+        (
+            "explainchoice",
+            CHOICES | {"explanation": "It is red."},
+            older.EXPLAIN + f"### Instruction:\nWho?\n\n### Input:\n{LISTED}\n\n### Response:\n",
+            "It is red.",
+        ),
+        (
+            "concisechoice",
+            CHOICES | {"solution": "a fox", "explanation": "not this"},
+            older.CHOOSE + f"USER: Who?\n{LISTED}\nASSISTANT:",
+            "a fox",
+        ),
+        (
+            "summarizetldr",
+            {"article": "A long fox.", "summary": "fox"},
+            f"USER: {older.SUMMARISE}\nA long fox.\nASSISTANT:",
+            "fox",
+        ),
+        (
+            "alpaca_chat.load_concise",
+            {"instruction": "Greet.", "input": "loudly", "response": "HI"},
+            older.CONCISE + "USER: Greet.\nloudly\nASSISTANT:",
+            "HI",
+        ),
+        ("context_qa", ARTICLE, older.READ + "USER: A fox.\n===\nWho?\nASSISTANT:", "it"),
+        ("context_qa.load_404", ARTICLE, older.READ + "USER: A fox.\n===\nWhy?\nASSISTANT:", older.NOT_THERE),
+        ("creative_acr.load_answer", CRITIQUE, "### Instruction:\nGreet.\n\n### Response:\n", "Hi!"),
+        (
+            "creative_acr.load_critique",
+            CRITIQUE,
+            older.CRITICISE + "### Instruction:\nGreet.\n\n### Answer:\nHI\n\n### Response:\n",
+            JUDGED,
+        ),
+        (
+            "creative_acr.load_revise",
+            CRITIQUE,
+            older.REVISE
+            + f"### Instruction:\nGreet.\n\n### Answer:\nHI\n\n### Judgement:\n{JUDGED}\n\n### Response:\n",
+            "Hi!",
+        ),
+    ],
+)
+def test_older_types(make_tokenizer, kind, row, prompt, response):
+    tokenizer = make_tokenizer()
+    (sample,) = samples(tokenizer, [row], kind)
+    assert read(tokenizer, sample) == (f"<s>{prompt}{response}</s>", f"{response}</s>")
+
+
+def test_jokes_and_role_play(make_tokenizer):
+    tokenizer = make_tokenizer()
+    row = {"conversations": [{"title": "fox", "text": "ha", "explanation": "haha"}]}
+    (sample,) = samples(tokenizer, [row], "sharegpt_jokes")
+    first, second = (f"USER: {said}\nASSISTANT:" for said in (older.JOKE.format("fox"), older.EXPLAIN_JOKE))
+    assert read(tokenizer, sample) == (f"<s>{first} ha\n{second} haha\n</s>", " ha\n haha\n</s>")
+    said = [("system", "Be a fox."), ("human", "Who?"), ("bot", "A fox."), ("human", "No."), ("bot", "Yes.")]
+    row = {"conversations": [{"role": role, "value": value} for role, value in said]}
+    (sample,) = samples(tokenizer, [row], "pygmalion")
+    assert read(tokenizer, sample) == (
+        "<s><|system|>Be a fox.<|user|>Who?<|model|>A fox.<|user|>No.<|model|>Yes.</s>",
+        "A fox.Yes.</s>",
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("explainchoice", CHOICES | {"choices": "a", "solution": "b"}, '"choices" must be a list of texts'),
+        ("concisechoice", CHOICES | {"solution": 3}, '"solution" must be text; got int'),
+        ("creative_acr.load_critique", CRITIQUE | {"answer": 3}, '"answer" must be text; got int'),
+        (
+            "sharegpt_jokes",
+            {"conversations": [{"title": "a"}]},
+            'entry 1 of "conversations" must be an object',
+        ),
+        ("pygmalion", {"conversations": [{"role": "fox", "value": "a"}]}, "is from 'fox'; known are system"),
+        ("pygmalion", {"conversations": []}, '"conversations" must be a list with at least one entry'),
+    ],
+)
+def test_older_types_that_do_not_fit(make_tokenizer, kind, row, reason):
+    with pytest.raises(DataError, match=f"data.jsonl:1: .*{reason}"):
+        samples(make_tokenizer(), [row], kind)
 
 
 # ---- templates of one's own -------------------------------------------------------------------------------

@@ -89,6 +89,16 @@ def test_text_survives(make_tokenizer, text):
     assert trained == text + "</s>" and f"### Instruction:\n{text}\n\n" in whole
 
 
+def test_rows_that_do_not_fit_can_be_skipped(make_tokenizer):
+    counts, good = Counts(), {"instruction": "Greet.", "output": "HELLO"}
+    rows = [good, {"instruction": "Greet."}, good, "text", {"instruction": 3, "output": "x"}]
+    kept = samples(make_tokenizer(), rows, counts=counts, on_bad_row="skip")
+    assert len(kept) == 2 and (counts.rows, counts.samples, counts.bad_rows) == (5, 2, 3)
+    assert counts.first_bad.startswith('data.jsonl:2: type alpaca needs "instruction" and "output"')
+    with pytest.raises(DataError, match=r"data\.jsonl:2: "):
+        samples(make_tokenizer(), rows)
+
+
 def test_completion_is_trained_whole(make_tokenizer):
     tokenizer = make_tokenizer()
     (sample,) = samples(tokenizer, [{"text": "the fox says hello"}], "completion")

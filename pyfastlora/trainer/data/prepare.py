@@ -69,7 +69,9 @@ def _together(
     import datasets
     import pyarrow as pa
 
-    rules = Rules(config.sequence_len, config.train_on_inputs, config.excess_length_strategy)
+    rules = Rules(
+        config.sequence_len, config.train_on_inputs, config.excess_length_strategy, config.on_bad_row
+    )
     tables = []
     for i, entry in enumerate(entries):
         key, count = f"{section}[{i}]", Counts()
@@ -85,6 +87,8 @@ def _together(
 
 
 def _why_nothing_left(count: Counts, sequence_len: int) -> str:
+    if count.bad_rows == count.rows:
+        return f"none of {count.rows} rows fits its type; the first: {count.first_bad}"
     if count.dropped_too_long:
         return (
             f"none of {count.rows} rows fits sequence_len: {sequence_len} (the longest has {count.longest} "
@@ -102,7 +106,7 @@ def _split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     return split["train"], split["test"]
 
 
-def _line(key: str, c: dict[str, int]) -> str:
+def _line(key: str, c: dict[str, Any]) -> str:
     share = c["trained_tokens"] / c["tokens"]
     text = f"{key}: {c['samples']} samples, {c['tokens']} tokens, {share:.0%} trained on"
     for name, meaning in (
@@ -112,4 +116,6 @@ def _line(key: str, c: dict[str, int]) -> str:
     ):
         if c[name]:
             text += f"; {c[name]} {meaning}"
+    if c["bad_rows"]:
+        text += f"; {c['bad_rows']} skipped as they do not fit their type, the first: {c['first_bad']}"
     return text

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from pyfastlora.trainer.data import alpaca, chat, completion, instruct, segments, template, tokenised
+from pyfastlora.trainer.data import alpaca, chat, completion, instruct, older, segments, template, tokenised
 from pyfastlora.trainer.data.prompt import PromptType, Row
 
 if TYPE_CHECKING:
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 _FIXED = {
     t.name: t
-    for t in (alpaca.PROMPT_TYPE, *instruct.PROMPT_TYPES, completion.PROMPT_TYPE, segments.PROMPT_TYPE)
+    for t in (
+        alpaca.PROMPT_TYPE,
+        *instruct.PROMPT_TYPES,
+        completion.PROMPT_TYPE,
+        segments.PROMPT_TYPE,
+        *older.PROMPT_TYPES,
+    )
 }
 CHATS = ("chat_template", *chat.SHAREGPT)
 

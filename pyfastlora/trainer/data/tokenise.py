@@ -32,11 +32,14 @@ class Rules:
     sequence_len: int
     train_on_inputs: bool = False
     excess_length_strategy: str = "drop"
+    on_bad_row: str = "error"
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one dataset. tokens and trained_tokens count the samples that were kept."""
+    """What became of the rows of one dataset. tokens and trained_tokens count the samples that were kept;
+    first_bad says what was wrong with the first row that did not fit its type.
+    """
 
     rows: int = 0
     samples: int = 0
@@ -45,6 +48,8 @@ class Counts:
     dropped_too_long: int = 0
     truncated: int = 0
     dropped_untrained: int = 0
+    bad_rows: int = 0
+    first_bad: str = ""
     longest: int = 0
 
 
@@ -72,22 +77,37 @@ def tokenise(
 ) -> Iterator[pyarrow.Table]:
     """Tables of input_ids, labels (lists of int32) and length, one per ROWS_AT_ONCE rows; fills counts.
 
-    Raises DataError for a row that does not fit prompt_type, and for a long one where rules say `raise`.
+    Raises DataError for a row that does not fit prompt_type, unless rules say `skip`, and for a long one
+    where they say `raise`.
     """
     ends = ends_of(tokenizer) if prompt_type.ends else Ends()
     rows = iter(rows)
     while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
         counts.rows += len(batch)
-        rendered = [_checked(row, prompt_type) for row in batch]
+        rendered = list(_good(batch, prompt_type, rules, counts))
         if prompt_type.tokenised:
-            joined = [(row.values["input_ids"], row.values["labels"]) for row in batch]
+            joined = [(row.values["input_ids"], row.values["labels"]) for row, _ in rendered]
         else:
-            ids = _encode(tokenizer, [piece.text for sample in rendered for piece in sample])
-            joined = [_join(sample, ids, ends, rules.train_on_inputs) for sample in rendered]
+            ids = _encode(tokenizer, [piece.text for _, sample in rendered for piece in sample])
+            joined = [_join(sample, ids, ends, rules.train_on_inputs) for _, sample in rendered]
         samples: list[tuple[list[int], list[int]]] = []
-        for row, sample in zip(batch, joined, strict=True):
+        for (row, _), sample in zip(rendered, joined, strict=True):
             samples += _fit(sample, row.where, prompt_type, rules, counts)
         yield _table(samples, counts)
+
+
+def _good(
+    batch: Iterable[NumberedRow], prompt_type: PromptType, rules: Rules, counts: Counts
+) -> Iterator[tuple[NumberedRow, tuple[Piece, ...]]]:
+    """The rows that fit their type, with their pieces."""
+    for row in batch:
+        try:
+            yield row, _checked(row, prompt_type)
+        except DataError as error:
+            if rules.on_bad_row == "error":
+                raise
+            counts.bad_rows += 1
+            counts.first_bad = counts.first_bad or str(error)
 
 
 def _checked(row: NumberedRow, prompt_type: PromptType) -> tuple[Piece, ...]:
