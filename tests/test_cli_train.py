@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from pyfastlora.cli._flags import as_overrides
+from pyfastlora.cli.schema import schema
 from pyfastlora.cli.train import train
 
 GOOD = '{"instruction": "greet", "output": "hello"}\n'
@@ -309,3 +312,49 @@ def test_waiting_threads_give_way_unless_told_otherwise(monkeypatch):
 def test_a_command_line_without_a_file():
     result = CliRunner().invoke(train, [])
     assert result.exit_code == 2 and "Missing argument 'CONFIG'" in result.stderr
+
+
+def test_keys_as_options(place: Place) -> None:
+    """Of several, the wrong ones are told together, as with --set."""
+    result = place.run(
+        "--learning-rate", "fast", "--lora-r=0", "--datasets.0.typ", "alpaca", "--max_steps", "2"
+    )
+    assert result.exit_code == 2
+    assert set(result.stderr.removeprefix("Error: ").splitlines()) == {
+        '--set: learning_rate must be a number; got "fast"',
+        "--set: lora_r must be greater than 0; got 0",
+        "--set: datasets[0].typ: unknown key; did you mean type?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["other.yaml"], "other.yaml: one configuration is trained at a time; keys are --key value"),
+        (["--lora-r"], "--lora-r needs a value, such as --lora-r true"),
+        (["--lora-r", "--max-steps", "2"], "--lora-r needs a value, such as --lora-r true"),
+    ],
+)
+def test_what_is_no_key(place: Place, arguments: list[str], sentence: str) -> None:
+    before = place.files()
+    result = place.run(*arguments)
+    assert result.exit_code == 2 and result.stderr.rstrip().endswith(f"Error: {sentence}")
+    assert place.files() == before
+
+
+def test_a_negative_number_is_a_value() -> None:
+    assert as_overrides(["--seed", "-1", "--val-set-size=0.5", "--lora-dropout", "0"]) == [
+        "seed=-1",
+        "val_set_size=0.5",
+        "lora_dropout=0",
+    ]
+
+
+def test_schema_of_all_keys_and_of_one() -> None:
+    whole = json.loads(CliRunner().invoke(schema, []).stdout)
+    assert {"base_model", "lora_r", "datasets"} <= set(whole["properties"])
+    assert whole["required"] == ["base_model", "adapter", "datasets", "learning_rate"]
+    one = json.loads(CliRunner().invoke(schema, ["--field", "lora_r"]).stdout)
+    assert one == whole["properties"]["lora_r"] and one["exclusiveMinimum"] == 0
+    wrong = CliRunner().invoke(schema, ["--field", "lora_rr"])
+    assert wrong.exit_code == 2 and "--field lora_rr: unknown key; did you mean lora_r?" in wrong.stderr

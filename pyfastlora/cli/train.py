@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import click
 
+from pyfastlora.cli._flags import KEYS_TOO, as_overrides
 from pyfastlora.cli._threads import give_way
 from pyfastlora.cli._user_errors import mistakes_reported
 
 
-@click.command()
+@click.command(context_settings=KEYS_TOO, options_metavar="[OPTIONS] [--KEY VALUE]...")
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
 )
-def train(config: str, overrides: tuple[str, ...]) -> None:
+@click.pass_context
+def train(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
     """Train an adapter as a YAML file describes it.
 
     \b
     fastlora train examples/lora.yaml
-    fastlora train cfg.yaml --set learning_rate=1e-4 --set datasets[0].path=data.jsonl
+    fastlora train cfg.yaml --learning-rate 1e-4 --lora_r=32
+    fastlora train cfg.yaml --set datasets[0].path=data.jsonl
 
     Keys have Axolotl's names; docs/training.md lists them. The adapter lands in output_dir in PEFT's
     format, with the resolved configuration, metrics (log.jsonl) and the kernel report beside it.
@@ -27,6 +30,7 @@ def train(config: str, overrides: tuple[str, ...]) -> None:
     Exit codes: 0 trained; 2 a mistake in the command line or the file; 3 a dataset is missing or malformed;
     1 anything else, such as a model without weights.
     """
+    overrides = (*overrides, *as_overrides(ctx.args))
     give_way()
     with mistakes_reported():
         from pyfastlora.trainer.config_load import load_config
