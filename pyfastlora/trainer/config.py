@@ -12,7 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from pyfastlora.trainer.data import template
 from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
@@ -86,11 +95,21 @@ class TemplateKeys(Keys):
         return value
 
 
+def _name_or_template(value: Any) -> str:
+    return "template" if isinstance(value, dict | TemplateKeys) else "name"
+
+
+#: Apart, so that a mistake in a template is told as one of a template.
+NameOrTemplate = Annotated[
+    Annotated[str, Tag("name")] | Annotated[TemplateKeys, Tag("template")], Discriminator(_name_or_template)
+]
+
+
 class DatasetKeys(Keys):
     """One entry of datasets or test_datasets."""
 
     path: str = Field(description="a file, a folder, or a dataset on the Hugging Face hub (owner/name)")
-    type: str | TemplateKeys | None = Field(
+    type: NameOrTemplate | None = Field(
         None, description="how a row becomes text: a name, or a template; without it rows are token ids"
     )
     field: str | None = Field(None, description="completion: the field that holds the text (default: text)")
@@ -396,10 +415,22 @@ def _chat_keys_are_for_chats(c: Config) -> Iterator[Conflict]:
             at = f"{section}[{i}]"
             given = [k for k in _CHAT_KEYS if getattr(d, k) != DatasetKeys.model_fields[k].default]
             if given and d.type not in CHATS:
-                yield (f"{at}.{given[0]}",), f"{given[0]} goes with type: {' or '.join(CHATS)}"
+                yield (f"{at}.{given[0]}",), f"{given[0]} goes with type: {', '.join(CHATS)}"
             if (d.chat_template == "jinja") != (d.chat_template_jinja is not None):
-                keys = (f"{at}.chat_template_jinja", f"{at}.chat_template")
+                lone = "chat_template" if d.chat_template == "jinja" else "chat_template_jinja"
+                keys = (f"{at}.{lone}",)
                 yield keys, "chat_template: jinja and chat_template_jinja, its text, go together"
+
+
+def _one_chat_template(c: Config) -> Iterator[Conflict]:
+    entries = [
+        (f"{name}[{i}]", d) for name in ("datasets", "test_datasets") for i, d in enumerate(getattr(c, name))
+    ]
+    chats = [(at, (d.chat_template, d.chat_template_jinja)) for at, d in entries if d.type in CHATS]
+    for at, found in chats[1:]:
+        if found != chats[0][1]:
+            keys = (f"{at}.chat_template", f"{at}.chat_template_jinja", at)
+            yield keys, f"{at} and {chats[0][0]} have other chat templates; a model is saved with one"
 
 
 def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
@@ -421,5 +452,6 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _one_held_out_set,
     _field_is_for_completion,
     _chat_keys_are_for_chats,
+    _one_chat_template,
     _packed_or_grouped,
 )

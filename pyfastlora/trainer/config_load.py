@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -237,7 +237,7 @@ def _spell(path: yaml_lines.Path) -> str:
 
 
 def _written_path(loc: tuple[str | int, ...], values: Any) -> yaml_lines.Path:
-    """The part of loc that exists in the file: pydantic appends the members of a union."""
+    """The parts of loc that exist in the file: pydantic puts the members of a union between them."""
     path: list[str | int] = []
     for part in loc:
         if (isinstance(values, dict) and part in values) or (
@@ -245,8 +245,6 @@ def _written_path(loc: tuple[str | int, ...], values: Any) -> yaml_lines.Path:
         ):
             values = values[part]  # type: ignore[index]
             path.append(part)
-        else:
-            break
     return tuple(path)
 
 
@@ -259,9 +257,16 @@ def _model_at(path: yaml_lines.Path) -> type[BaseModel] | None:
         field = model.model_fields.get(part) if model else None
         if field is None:
             return None
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        model = next(_models_in(field.annotation), None)
     return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schemas of an annotation, inside lists and unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def _siblings(path: yaml_lines.Path) -> list[str]:

@@ -11,7 +11,7 @@ from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED
 from pyfastlora.trainer.config_load import load_config
 from pyfastlora.trainer.config_reference import reference, updated
-from pyfastlora.trainer.data.registry import prompt_type_names
+from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
 from pyfastlora.trainer.errors import ConfigError
 
 GOOD = """\
@@ -215,3 +215,51 @@ def test_the_reference_page_lists_every_key():
     assert updated(page) == page, "run python -m pyfastlora.trainer.config_reference"
     for name in Config.model_fields:
         assert f"\n| `{name}` |" in reference()
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentences"),
+    [
+        (
+            "type:\n      format: '{instruction!r}'\n      formt: x",
+            [
+                "cfg.yaml:8: datasets[0].type.format: has {instruction!r}; "
+                "it can have {instruction}, {input}",
+                "cfg.yaml:9: datasets[0].type.formt: unknown key; did you mean format?",
+            ],
+        ),
+        ("type: 3", ["cfg.yaml:7: datasets[0].type must be a name, or a mapping that is a template; got 3"]),
+        (
+            "type: chat_template\n    roles: [a]\n    message_property_mappings: {from: x}",
+            [
+                "cfg.yaml:8: datasets[0].roles must be a mapping of keys to values; got a list",
+                'cfg.yaml:9: datasets[0].message_property_mappings.from must be role or content; got "from"',
+            ],
+        ),
+        (
+            "type: alpaca\n    train_on_eos: all",
+            [f"cfg.yaml:8: train_on_eos goes with type: {', '.join(CHATS)}"],
+        ),
+        (
+            "type: sharegpt\n    chat_template: jinja",
+            ["cfg.yaml:8: chat_template: jinja and chat_template_jinja, its text, go together"],
+        ),
+        (
+            "type: sharegpt\n  - path: b\n    type: chat_template\n    chat_template: chatml",
+            ["cfg.yaml:10: datasets[1] and datasets[0] have other chat templates; a model is saved with one"],
+        ),
+    ],
+)
+def test_mistakes_in_a_datasets_type(mistakes, entry, sentences):
+    head = "base_model: m\nadapter: lora\nlora_target_linear: true\nlearning_rate: 1e-3\n"
+    assert mistakes(f"{head}datasets:\n  - path: a\n    {entry}\n") == sentences
+
+
+def test_a_template_and_chat_keys_read_back_the_same(load):
+    head = "base_model: m\nadapter: lora\nlora_target_linear: true\nlearning_rate: 1e-3\n"
+    config = load(
+        f"{head}datasets:\n  - path: a\n    type:\n      format: '[{{instruction}}]'\n"
+        "  - path: b\n    type: chat_template\n    roles: {user: [u]}\n    train_on_eos: last\n  - path: c\n"
+    ).config
+    again = load(yaml.safe_dump(config.model_dump(exclude_none=True), sort_keys=False)).config
+    assert again == config and again.datasets[2].type is None

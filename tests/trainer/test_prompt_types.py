@@ -238,6 +238,9 @@ def test_a_template_of_ones_own(make_tokenizer, keys, row, prompt):
         ({"format": "{instruktion}"}, r"has {instruktion}; it can have {instruction}, {input}"),
         ({"no_input_format": "{instruction"}, "is no format: expected '}' before end of string"),
         ({"system_format": "{}"}, r"has {}; it can have {system}"),
+        ({"format": "{instruction!r}"}, "has {instruction!r}; it can have"),
+        ({"format": "{instruction:>{input}}"}, "has {instruction:>{input}}; it can have"),
+        ({"format": "{instruction.__class__}"}, "has {instruction.__class__}; it can have"),
     ],
 )
 def test_a_format_that_cannot_be_filled_in(keys, reason):
@@ -295,7 +298,8 @@ def test_token_ids_are_left_as_they_are(make_tokenizer):
         ({"input_ids": [1, 2], "labels": [1]}, "must be of one length"),
         ({"input_ids": [1, "2"], "labels": [1, 2]}, '"input_ids" must be a list of whole numbers'),
         ({"input_ids": [1, True], "labels": [1, 1]}, '"input_ids" must be a list of whole numbers'),
-        ({"input_ids": [1, -2], "labels": [1, -2]}, "must have ids of 0 and above"),
+        ({"input_ids": [1, -2], "labels": [1, -2]}, "must be from 0 to 383, as the tokenizer has 384 tokens"),
+        ({"input_ids": [1, 384], "labels": [1, 384]}, "must be from 0 to 383, as the tokenizer has 384"),
         ({"input_ids": [], "labels": []}, '"input_ids" is empty'),
         ({"input_ids": [1, 2], "labels": [1, 3]}, "must be its token's id, or -100"),
         ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}, "must be all 1"),
@@ -436,6 +440,8 @@ def test_a_response_follows_the_tokens_that_a_model_is_asked_with(make_tokenizer
             [{"role": "narrator", "content": "b"}],
             "message 1 of .* is from 'narrator'; known are system, ",
         ),
+        ([{"role": ["user"], "content": "b"}], r"message 1 of .* is from \['user'\]; known are system, "),
+        ([{"role": "assistant", "content": "b"}], "message 1 of .* would be trained on: there is nothing to"),
         ([{"role": "user", "content": None}], '"content" of message 1 must be text; got NoneType'),
         ([{"role": "user", "content": "\ud800"}], '"content" of message 1 has half of a surrogate pair'),
     ],

@@ -67,7 +67,7 @@ class Conversations:
                 return (
                     f'message {i} of "{self.field}" needs "{self.role}" and "{self.content}"; it has {there}'
                 )
-            if message[self.role] not in self.roles:
+            if not isinstance(message[self.role], str) or message[self.role] not in self.roles:
                 known = ", ".join(self.roles)
                 return (
                     f'message {i} of "{self.field}" is from {message[self.role]!r}; known are {known} (roles)'
@@ -76,6 +76,11 @@ class Conversations:
                 return f'"{self.content}" of message {i} {reason}'
             if self.flag and not isinstance(message.get(self.flag, False), bool):
                 return f'"{self.flag}" of message {i} must be true or false'
+        if self._trains(messages[0], self.roles[messages[0][self.role]]):
+            return f'message 1 of "{self.field}" would be trained on: there is nothing to answer before it'
+        tools = row.get(self.tools) if self.tools else None
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+            return f'"{self.tools}" must be a list of objects'
         return None
 
     def render(self, row: Row) -> tuple[Piece, ...]:

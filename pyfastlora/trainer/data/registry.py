@@ -35,7 +35,7 @@ def prompt_type_names() -> tuple[str, ...]:
 def prompt_type(entry: DatasetKeys, tokenizer: PreTrainedTokenizerBase) -> PromptType:
     """What a dataset's rows are, for this tokenizer."""
     if entry.type is None:
-        return tokenised.PROMPT_TYPE
+        return tokenised.prompt_type(len(tokenizer))
     if not isinstance(entry.type, str):
         return template.prompt_type(entry.type)
     if entry.type in CHATS:

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 def why_not(format: str, names: tuple[str, ...]) -> str | None:
     """Why a format cannot be filled in with `names`, to be read after its key; or None."""
     try:
-        found = {name for _, name, _, _ in string.Formatter().parse(format) if name is not None}
+        found = [part[1:] for part in string.Formatter().parse(format) if part[1] is not None]
     except ValueError as error:
         return f"is no format: {error}; a brace of the text is written twice"
-    wrong = sorted(found - set(names))
-    if wrong:
-        return f"has {{{wrong[0]}}}; it can have {', '.join(f'{{{name}}}' for name in names)}"
+    for name, spec, conversion in found:
+        if name not in names or spec or conversion:
+            written = f"{name}{'!' if conversion else ''}{conversion or ''}{':' if spec else ''}{spec}"
+            return f"has {{{written}}}; it can have {', '.join(f'{{{name}}}' for name in names)}"
     return None
 
 
