@@ -33,7 +33,7 @@ def train(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
     overrides = (*overrides, *as_overrides(ctx.args))
     give_way()
     with mistakes_reported():
-        from pyfastlora.trainer.config_load import load_config
+        from pyfastlora.trainer.config.load import load_config
         from pyfastlora.trainer.console import Console
 
         loaded = load_config(config, overrides)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyfastlora.trainer.config_load import LoadedConfig
+from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Bar, Console
 from pyfastlora.trainer.errors import ConfigError, UserError
 from pyfastlora.trainer.run_dir import RunDir

@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from pyfastlora.trainer.config_load import LoadedConfig
+from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.errors import ConfigError
 
 _PACKAGES = (

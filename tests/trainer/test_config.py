@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from pyfastlora.trainer.config import Config
-from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED
-from pyfastlora.trainer.config_load import load_config
-from pyfastlora.trainer.config_reference import reference, updated
+from pyfastlora.trainer.config.foreign import EXPLAINED, REFUSED
+from pyfastlora.trainer.config.load import load_config
+from pyfastlora.trainer.config.reference import reference, updated
 from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
 from pyfastlora.trainer.errors import ConfigError
 
@@ -212,7 +212,7 @@ def test_examples_are_valid(path):
 
 def test_the_reference_page_lists_every_key():
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    assert updated(page) == page, "run python -m pyfastlora.trainer.config_reference"
+    assert updated(page) == page, "run python -m pyfastlora.trainer.config.reference"
     for name in Config.model_fields:
         assert f"\n| `{name}` |" in reference()
 

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from pyfastlora.cli.train import train
-from pyfastlora.trainer.config_load import load_config
+from pyfastlora.trainer.config.load import load_config
 
 
 def run(config: Path, *overrides: str) -> str:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from pyfastlora.trainer.config.yaml_lines import parse
 from pyfastlora.trainer.errors import ConfigError
-from pyfastlora.trainer.yaml_lines import parse
 
 
 @pytest.mark.parametrize(

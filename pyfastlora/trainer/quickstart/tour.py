@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyfastlora.trainer import job
-from pyfastlora.trainer.config_load import load_config
+from pyfastlora.trainer.config.load import load_config
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.quickstart import base_model, corpus

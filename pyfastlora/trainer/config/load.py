@@ -15,9 +15,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from pyfastlora.trainer import yaml_lines
-from pyfastlora.trainer.config import RULES, Config
-from pyfastlora.trainer.config_foreign import EXPLAINED, REFUSED, is_off
+from pyfastlora.trainer.config import yaml_lines
+from pyfastlora.trainer.config.foreign import EXPLAINED, REFUSED, is_off
+from pyfastlora.trainer.config.rules import RULES
+from pyfastlora.trainer.config.schema import Config
 from pyfastlora.trainer.errors import ConfigError
 
 # What each of pydantic's error types means to someone who writes YAML.

@@ -1,6 +1,6 @@
 """The reference of all keys, as Markdown, from the schema itself.
 
-python -m pyfastlora.trainer.config_reference   puts it into docs/training.md, between its two markers
+python -m pyfastlora.trainer.config.reference   puts it into docs/training.md, between its two markers
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pyfastlora.trainer.config import (
-    AdapterKeys,
-    BnbKeys,
-    CheckpointingKeys,
-    DataKeys,
-    DatasetKeys,
-    Keys,
-    ModelKeys,
-    OptimisationKeys,
-    RunKeys,
-    SpecialTokens,
-    TemplateKeys,
-)
+from pyfastlora.trainer.config.adapter import AdapterKeys
+from pyfastlora.trainer.config.data import DataKeys, DatasetKeys, TemplateKeys
+from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
+from pyfastlora.trainer.config.optimisation import OptimisationKeys
+from pyfastlora.trainer.config.run import RunKeys
+from pyfastlora.trainer.config.values import Keys
 
 BEGIN, END = "<!-- keys: begin -->", "<!-- keys: end -->"
 _GROUPS: tuple[type[Keys], ...] = (

@@ -1,0 +1,26 @@
+"""Where the run goes, what it reports and how often."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pyfastlora.trainer.config.values import Int, Keys
+
+
+class RunKeys(Keys):
+    """Where the run goes, what it reports and how often."""
+
+    output_dir: str = Field("./model-out", min_length=1, description="a new or empty folder")
+    seed: Int = Field(42, ge=0, description="of adapter, data order and dropout")
+    logging_steps: Int = Field(1, gt=0, description="steps between two lines of log.jsonl")
+    eval_strategy: Literal["no", "epoch", "steps"] | None = Field(None, description="default: epoch")
+    eval_steps: Int | None = Field(None, gt=0, description="steps between two evaluations")
+    evals_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
+    eval_on_start: bool = Field(False, description="evaluate before the first step too")
+    save_strategy: Literal["no", "epoch", "steps"] | None = Field(None, description="default: epoch")
+    save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints")
+    saves_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
+    save_total_limit: Int | None = Field(None, gt=0, description="checkpoints kept")
+    strict: bool = Field(True, description="false: an unknown key is a warning, not an error")
