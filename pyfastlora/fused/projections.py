@@ -267,7 +267,7 @@ def output_like(x: Tensor, y: Tensor) -> Tensor:
 
     PEFT's output can be written to: Llama 4 adds its routed experts to what its shared expert returned.
     """
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
 
 def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -> None:

@@ -140,7 +140,7 @@ def reference(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
 
 
 def native(w: Packed4bit, row: int, col: int, out: Tensor) -> None:
-    torch.ops.pyfastlora.dequant_4bit(*w.native, *w.shape, row, col, out)
+    torch.ops.pyfastlora.dequant_4bit.default(*w.native, *w.shape, row, col, out)
 
 
 OP = Op(

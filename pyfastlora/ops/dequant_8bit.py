@@ -79,7 +79,7 @@ def reference(w: Packed8bit, row: int, col: int, out: Tensor) -> None:
 
 
 def native(w: Packed8bit, row: int, col: int, out: Tensor) -> None:
-    torch.ops.pyfastlora.dequant_8bit(w.values, w.absmax, row, col, out)
+    torch.ops.pyfastlora.dequant_8bit.default(w.values, w.absmax, row, col, out)
 
 
 OP = Op(

@@ -36,7 +36,7 @@ def reference(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
 def native(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     dgain = torch.empty(z.shape[1], dtype=torch.float32, device=z.device)
-    torch.ops.pyfastlora.dora_grad(dy, z, gain.float().contiguous(), dz, dgain)
+    torch.ops.pyfastlora.dora_grad.default(dy, z, gain.float().contiguous(), dz, dgain)
     return dz, dgain
 
 

@@ -43,9 +43,9 @@ def reference(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Ten
 def native(w: Tensor | Packed4bit, a: Tensor, b: Tensor, scale: float) -> Tensor:
     out = torch.empty(w.shape[0], dtype=torch.float32, device=a.device)
     if isinstance(w, Packed4bit):
-        torch.ops.pyfastlora.dora_norm_4bit(*w.native, DTYPE_CODES[w.dtype], a, b, scale, out)
+        torch.ops.pyfastlora.dora_norm_4bit.default(*w.native, DTYPE_CODES[w.dtype], a, b, scale, out)
     else:
-        torch.ops.pyfastlora.dora_norm(w, a, b, scale, out)
+        torch.ops.pyfastlora.dora_norm.default(w, a, b, scale, out)
     return out
 
 

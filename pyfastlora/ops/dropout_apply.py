@@ -34,7 +34,7 @@ def reference(x: Tensor, mask: DropoutMask, out: Tensor) -> None:
 
 
 def native(x: Tensor, mask: DropoutMask, out: Tensor) -> None:
-    torch.ops.pyfastlora.dropout_apply(x, mask.bits, mask.scale, out)
+    torch.ops.pyfastlora.dropout_apply.default(x, mask.bits, mask.scale, out)
 
 
 OP = Op(

@@ -86,7 +86,7 @@ def cpu(x: Tensor, keep: float) -> Tensor:
     rows = x.numel() // cols if cols else 0
     bits = torch.empty(rows, (cols + 15) // 16 * 2, dtype=torch.uint8)
     state = torch.get_rng_state()
-    torch.ops.pyfastlora.dropout_mask(state, keep, rows, cols, bits)
+    torch.ops.pyfastlora.dropout_mask.default(state, keep, rows, cols, bits)
     torch.set_rng_state(state)
     return bits
 
@@ -94,7 +94,7 @@ def cpu(x: Tensor, keep: float) -> Tensor:
 def _pack_native(keep: Tensor) -> Tensor:
     rows, cols = keep.shape
     bits = torch.empty(rows, (cols + 15) // 16 * 2, dtype=torch.uint8, device=keep.device)
-    torch.ops.pyfastlora.dropout_pack(keep, bits)
+    torch.ops.pyfastlora.dropout_pack.default(keep, bits)
     return bits
 
 

@@ -92,13 +92,13 @@ def reference_backward(
 
 
 def native_forward(gate: Tensor, up: Tensor, act: str, y: Tensor) -> None:
-    torch.ops.pyfastlora.glu_forward(gate, up, ACTS.index(act), y)
+    torch.ops.pyfastlora.glu_forward.default(gate, up, ACTS.index(act), y)
 
 
 def native_backward(
     dy: Tensor, gate: Tensor, up: Tensor, act: str, dgate: Tensor, dup: Tensor, product: Tensor
 ) -> None:
-    torch.ops.pyfastlora.glu_backward(dy, gate, up, ACTS.index(act), dgate, dup, product)
+    torch.ops.pyfastlora.glu_backward.default(dy, gate, up, ACTS.index(act), dgate, dup, product)
 
 
 FORWARD = Op(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyfastlora.ops import _gemm
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
-from pyfastlora.ops._shapes import like, rows_of
+from pyfastlora.ops._shapes import as_dtype, like, rows_of
 from pyfastlora.ops._triton import triton_implementation
 from pyfastlora.ops.lora_grad import lora_grad
 from pyfastlora.ops.lora_shrink import lora_shrink
@@ -50,7 +50,7 @@ def cpu(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> t
     if dy.dtype == torch.float32:  # where the vendor's GEMMs are faster than ours
         return two_passes(dy, b, s, scale, dtype)
     ds, db = native(dy, b, s.float(), scale, dtype)
-    return ds.to(s.dtype), db
+    return as_dtype(ds, s.dtype), db
 
 
 def gpu(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -60,18 +60,17 @@ def gpu(kernel: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Ten
         if _gemm.takes(dy.dtype, b.dtype, s.dtype) and _gemm.gives(dtype, dy):
             return _gemm.product(dy, b, scale), _gemm.product(dy.t(), s, dtype=dtype)
         ds, db = kernel(dy, b, s.float(), scale, dtype)
-        return ds.to(s.dtype), db
+        return as_dtype(ds, s.dtype), db
 
     return run
 
 
 def native(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     written = torch.float32 if dtype == torch.float64 else dtype
-    make = torch.empty if dy.shape[1] else torch.zeros  # the kernels write nothing where there is nothing
-    ds = make(s.shape, dtype=torch.float32, device=dy.device)
-    db = torch.empty(b.shape, dtype=written, device=dy.device)
-    torch.ops.pyfastlora.lora_backward(dy, b, s, scale, ds, db)
-    return ds, db.to(dtype)
+    make = torch.empty_like if dy.shape[1] else torch.zeros_like  # the kernels write nothing of nothing
+    ds, db = make(s), b.new_empty(b.shape, dtype=written)
+    torch.ops.pyfastlora.lora_backward.default(dy, b, s, scale, ds, db)
+    return ds, as_dtype(db, dtype)
 
 
 TRITON = triton_implementation("lora_backward", "lora_backward")

@@ -132,7 +132,7 @@ def native(
     out: Tensor,
 ) -> None:
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
-    torch.ops.pyfastlora.lora_expand(
+    torch.ops.pyfastlora.lora_expand.default(
         y, s, b, transposed, bits, mask_scale, scale, _wide(gain), _wide(offset), out
     )
 

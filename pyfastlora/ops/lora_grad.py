@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyfastlora.ops import _gemm
 from pyfastlora.ops._registry import Implementation, Op, always, why_not_cpu, why_not_gpu
-from pyfastlora.ops._shapes import rows_of
+from pyfastlora.ops._shapes import as_dtype, rows_of
 from pyfastlora.ops._triton import triton_implementation
 from pyfastlora.ops.dropout_mask import DropoutMask
 
@@ -96,10 +96,10 @@ def native(
 ) -> Tensor:
     rows, cols = s.shape[1], x.shape[1]
     written = torch.float32 if dtype == torch.float64 else dtype
-    out = torch.empty((cols, rows) if transposed else (rows, cols), dtype=written, device=x.device)
+    out = x.new_empty((cols, rows) if transposed else (rows, cols), dtype=written)
     bits, mask_scale = (None, 1.0) if mask is None else (mask.bits, mask.scale)
-    torch.ops.pyfastlora.lora_grad(s, x, bits, mask_scale, scale, transposed, out)
-    return out.to(dtype)
+    torch.ops.pyfastlora.lora_grad.default(s, x, bits, mask_scale, scale, transposed, out)
+    return as_dtype(out, dtype)
 
 
 TRITON = triton_implementation("lora_grad", "lora_grad")

@@ -88,7 +88,7 @@ def cpu(
 
 def _decode_on_the_fly(x: Tensor, w: Packed4bit, transposed: bool, out: Tensor, accumulate: bool) -> None:
     to = torch.empty(out.shape, dtype=out.dtype, device=out.device) if accumulate else out
-    torch.ops.pyfastlora.matmul_4bit(x, *w.native, transposed, to)
+    torch.ops.pyfastlora.matmul_4bit.default(x, *w.native, transposed, to)
     if accumulate:
         out.add_(to)
 
