@@ -96,15 +96,15 @@ MISTAKES = {
     "unknown key": (
         lambda p: p.add("micro_batchsize: 2"),
         2,
-        "cfg.yaml:11: micro_batchsize: unknown key; did you mean micro_batch_size?",
+        "cfg.yaml:11:1: micro_batchsize: unknown key; did you mean micro_batch_size?",
     ),
     "wrong type": (
         lambda p: p.add("lora_r: sixteen"),
         2,
-        'cfg.yaml:11: lora_r must be a whole number; got "sixteen"',
+        'cfg.yaml:11:1: lora_r must be a whole number; got "sixteen"',
     ),
-    "not yaml": (lambda p: p.add("a: ["), 2, "cfg.yaml:12: not YAML: "),
-    "twice": (lambda p: p.add("adapter: lora"), 2, "cfg.yaml:11: adapter: given twice (first on line 5)"),
+    "not yaml": (lambda p: p.add("a: ["), 2, "cfg.yaml:12:1: not YAML: "),
+    "twice": (lambda p: p.add("adapter: lora"), 2, "cfg.yaml:11:1: adapter: given twice (first on line 5)"),
     "no data": (
         lambda p: (p.root / "data.jsonl").unlink(),
         3,
@@ -220,8 +220,8 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(place, name):
 def test_several_mistakes_are_told_together(place):
     place.add("lora_r: 0\nmicro_batchsize: 2")
     assert place.run().stderr == (
-        "Error: cfg.yaml:11: lora_r must be greater than 0; got 0\n"
-        "cfg.yaml:12: micro_batchsize: unknown key; did you mean micro_batch_size?\n"
+        "Error: cfg.yaml:11:1: lora_r must be greater than 0; got 0\n"
+        "cfg.yaml:12:1: micro_batchsize: unknown key; did you mean micro_batch_size?\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""One training job, from a configuration to a saved adapter.
+"""One training job, from a configuration to a saved adapter or model.
 
 The order matters: everything that can be wrong is looked at before anything is written. Configuration and
 output folder first (milliseconds), then packages and the model's files, then the data, then the weights;
@@ -24,6 +24,7 @@ from pyfastlora.trainer.run_dir import RunDir
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
     from pyfastlora import PatchReport
     from pyfastlora.trainer.config import Config
@@ -78,8 +79,9 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     console.say(f"{device}, {precision}")
-    report = pyfastlora.patch(model) if config.fastlora else None
-    console.say(_before_training(report))
+    report = pyfastlora.patch(model) if config.adapter and config.fastlora else None
+    if config.adapter:
+        console.say(_before_training(report))
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if config.sample_packing and _keeps_apart(model, config, pad_id, device, console):
@@ -99,8 +101,7 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         trainer.train()
         if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
-    # trained embeddings are in modules_to_save; the default would add the frozen copy and ask the hub
-    model.save_pretrained(str(run_dir.path), save_embedding_layers=False)
+    models.save(model, run_dir.path)
     tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:
         report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
@@ -110,23 +111,29 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )
     run_dir.log("end", {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)})
+    what = "adapter" if config.adapter else "model"
     console.say(
-        f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; adapter saved in {run_dir.path}"
+        f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; {what} saved in {run_dir.path}"
     )
     return result
 
 
 def _keeps_apart(
-    model: PeftModel, config: Config, pad_id: int, device: torch.device, console: Console
+    model: PeftModel | PreTrainedModel,
+    config: Config,
+    pad_id: int,
+    device: torch.device,
+    console: Console,
 ) -> bool:
     """Whether the model can be trained on packed rows.
 
     Raises UserError where that was demanded and it cannot.
     """
+    from pyfastlora.trainer import model as models
     from pyfastlora.trainer.packing import LEAKS, leak
     from pyfastlora.trainer.training import collator_of
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = models.vocabulary_of(model)
     found = leak(model, collator_of(config, pad_id).packed, vocabulary, device)
     if found <= LEAKS:
         return True

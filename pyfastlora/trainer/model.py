@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and the adapter, as a configuration asks for them."""
+"""The model, its tokenizer and the adapter, as a configuration asks for them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ CPU_4BIT_WIDTH = 64  # bitsandbytes' CPU kernels read a weight's rows in blocks 
 
 def check_packages(config: Config) -> None:
     """Raises UserError where the configuration needs a package that is not installed."""
-    wants = "adapter: qlora" if config.quantised else f"optimizer: {config.optimizer}"
-    needed = config.quantised or config.optimizer in BNB_OPTIMIZERS
+    asked = {4: "adapter: qlora", 8: "load_in_8bit: true", None: f"optimizer: {config.optimizer}"}
+    wants = asked[config.bits]
+    needed = config.bits or config.optimizer in BNB_OPTIMIZERS
     if needed and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
 
@@ -74,7 +75,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def load_base(config: Config, precision: Precision, device: torch.device) -> PreTrainedModel:
-    """The frozen base on device, dense or 4-bit. Raises UserError where it cannot be loaded."""
+    """The base on device, dense or quantised. Raises UserError where it cannot be loaded."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -83,7 +84,7 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         arguments["attn_implementation"] = config.attn_implementation
     if config.revision_of_model:
         arguments["revision"] = config.revision_of_model
-    if config.quantised:
+    if config.bits:
         arguments |= {"quantization_config": _bnb_config(config, precision), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **arguments)
@@ -91,20 +92,24 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"base_model: {config.base_model} cannot be loaded: {_first_line(error)}") from error
-    if config.quantised and device.type == "cpu":
+    if config.bits == 4 and device.type == "cpu":
         _make_4bit_trainable_on_cpu(model, config.base_model)
     model.config.use_cache = False
-    return model if config.quantised else model.to(device)  # type: ignore[arg-type]
+    return model if config.bits else model.to(device)  # type: ignore[arg-type]
 
 
 def add_adapter(
     model: PreTrainedModel, config: Config, precision: Precision, tokenizer: PreTrainedTokenizerBase
-) -> PeftModel:
-    """The base with a fresh adapter, ready to train: everything else frozen.
+) -> PeftModel | PreTrainedModel:
+    """The base with a fresh adapter and all else frozen; without `adapter`, the base itself, to be trained.
 
     Raises ConfigError where the target modules or modules to save are not there, or where the tokenizer has
     tokens that the embeddings lack and nobody trains.
     """
+    if config.adapter is None:
+        if len(tokenizer) > vocabulary_of(model):
+            model.resize_token_embeddings(len(tokenizer))
+        return model
     from peft import LoraConfig, get_peft_model
 
     _fit_embeddings(model, config, tokenizer)
@@ -125,6 +130,22 @@ def add_adapter(
     return adapted
 
 
+def save(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """The adapter in PEFT's format, or the whole model."""
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        # trained embeddings are in modules_to_save; the default would add the frozen copy and ask the hub
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    else:
+        model.save_pretrained(str(folder))
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens the input embeddings have rows for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trained values, and those of the whole model; a 4-bit weight counts as the values it stands for."""
     trained = total = 0
@@ -139,6 +160,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _bnb_config(config: Config, precision: Precision) -> Any:
     from transformers import BitsAndBytesConfig
 
+    if config.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     kwargs = config.bnb_config_kwargs
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -164,7 +187,7 @@ def _make_4bit_trainable_on_cpu(model: nn.Module, name: str) -> None:
 
 
 def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
+    rows = vocabulary_of(model)
     if len(tokenizer) <= rows:
         return
     name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]

@@ -4,6 +4,8 @@ bf16: true    base in bfloat16, adapter in float32, matrix products under autoca
 bf16: full    base and adapter in bfloat16, no autocast
 fp16: true    like bf16: true with float16 and a loss scaler; needs a GPU
 otherwise     float32 throughout
+
+Without an adapter the whole model is trained, in float32 where a base would be frozen in 16 bits beside one.
 """
 
 from __future__ import annotations
@@ -54,9 +56,14 @@ def resolve_precision(config: Config, device: torch.device) -> Precision:
     if config.fp16:
         if device.type == "cpu":
             raise UserError("fp16: true needs a GPU, and torch sees none here; set bf16: auto instead")
-        return Precision(torch.float16, torch.float16, torch.float32)
+        return Precision(_frozen(config, torch.float16), torch.float16, torch.float32)
     if config.bf16 == "full":
         return Precision(torch.bfloat16, None, torch.bfloat16)
     if config.bf16 is True or (config.bf16 == "auto" and has_fast_bf16(device)):
-        return Precision(torch.bfloat16, torch.bfloat16, torch.float32)
+        return Precision(_frozen(config, torch.bfloat16), torch.bfloat16, torch.float32)
     return Precision(torch.float32, None, torch.float32)
+
+
+def _frozen(config: Config, dtype: torch.dtype) -> torch.dtype:
+    """dtype, unless the base is trained: a step of the optimizer is often too small for its 8 bits or 11."""
+    return torch.float32 if config.adapter is None else dtype

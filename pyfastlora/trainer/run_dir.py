@@ -6,7 +6,7 @@ env.json               versions, machine, command line
 data.json              rows, samples, tokens per dataset
 kernels.json, .txt     which modules were fused, and why the others were not
 log.jsonl              one JSON object per event: start, train, eval, end
-adapter_*              the adapter in PEFT's format, with the tokenizer beside it
+adapter_*              the adapter in PEFT's format (without one: model.safetensors), the tokenizer beside it
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -43,7 +44,7 @@ class Listener(Protocol):
 
 
 def make_trainer(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     data: PreparedData,
     config: Config,
     precision: Precision,
@@ -198,7 +199,7 @@ def _arguments(
         use_cpu=not on_gpu,
         activation_checkpointing=c.gradient_checkpointing,  # its name since transformers 5
         activation_checkpointing_kwargs=c.gradient_checkpointing_kwargs.model_dump(),
-        train_sampling_strategy="group_by_length" if c.group_by_length else "random",
+        train_sampling_strategy=c.sampling,
         dataloader_num_workers=c.dataloader_num_workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,

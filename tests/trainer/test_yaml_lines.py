@@ -41,9 +41,9 @@ def test_infinity_and_nan():
     assert values["a"] == -math.inf and math.isnan(values["b"])
 
 
-def test_every_value_has_its_line():
-    lines = parse("a: 1\nb:\n  - x\n  - k: v\n    l: w\n", "cfg.yaml").lines
-    assert lines[("a",)] == 1 and lines[("b", 0)] == 3 and lines[("b", 1, "l")] == 5
+def test_every_value_has_its_place():
+    places = parse("a: 1\nb:\n  - x\n  - k: v\n    l: w\n", "cfg.yaml").places
+    assert [places[p][:2] for p in (("a",), ("b", 0), ("b", 1, "l"))] == [(1, 1), (3, 5), (5, 5)]
 
 
 def test_merge_keys_do_not_override_what_is_written():
@@ -54,18 +54,18 @@ def test_merge_keys_do_not_override_what_is_written():
 @pytest.mark.parametrize(
     "text, sentence",
     [
-        ("a: 1\nb: 2\na: 3\n", "cfg.yaml:3: a: given twice (first on line 1)"),
-        ("a: {x: 1, x: 2}", "cfg.yaml:1: x: given twice (first on line 1)"),
-        ("1: 2", "cfg.yaml:1: a key must be text; got '1'"),
-        ("a: 1\n b: 2", "cfg.yaml:2: not YAML: mapping values are not allowed here"),
-        ("\t- a", "cfg.yaml:1: not YAML: found character '\\t' that cannot start any token"),
-        ("a: &x [*x]", "cfg.yaml:1: an alias contains itself"),
-        ("a: *nowhere", "cfg.yaml:1: not YAML: found undefined alias 'nowhere'"),
-        ("a: !!python/object/apply:os.system ['true']", "cfg.yaml:1: tags are not read here"),
-        ("a: !mine b", "cfg.yaml:1: not YAML: could not determine a constructor"),
+        ("a: 1\nb: 2\na: 3\n", "cfg.yaml:3:1: a: given twice (first on line 1)"),
+        ("a: {x: 1, x: 2}", "cfg.yaml:1:11: x: given twice (first on line 1)"),
+        ("1: 2", "cfg.yaml:1:1: a key must be text; got '1'"),
+        ("a: 1\n b: 2", "cfg.yaml:2:3: not YAML: mapping values are not allowed here"),
+        ("\t- a", "cfg.yaml:1:1: not YAML: found character '\\t' that cannot start any token"),
+        ("a: &x [*x]", "cfg.yaml:1:4: an alias contains itself"),
+        ("a: *nowhere", "cfg.yaml:1:4: not YAML: found undefined alias 'nowhere'"),
+        ("a: !!python/object/apply:os.system ['true']", "cfg.yaml:1:4: tags are not read here"),
+        ("a: !mine b", "cfg.yaml:1:4: not YAML: could not determine a constructor"),
         ("a: 1\n---\nb: 2", "expected a single document"),
         ("a: \x00", "cfg.yaml: not YAML: special characters are not allowed"),
-        ("a: " + "9" * 5000, "cfg.yaml:1: cannot be read"),
+        ("a: " + "9" * 5000, "cfg.yaml:1:4: cannot be read"),
     ],
 )
 def test_one_sentence_for_what_cannot_be_read(text, sentence):

@@ -12,7 +12,9 @@ from pyfastlora.trainer.config.values import Float, Int, Keys
 class AdapterKeys(Keys):
     """The adapter, as PEFT's LoraConfig understands it."""
 
-    adapter: Literal["lora", "qlora"] = Field(description="lora: dense base; qlora: 4-bit base")
+    adapter: Literal["lora", "qlora"] | None = Field(
+        None, description="lora: dense or 8-bit base; qlora: 4-bit base; blank: the whole model is trained"
+    )
     lora_r: Int = Field(8, gt=0, description="rank of A and B")
     lora_alpha: Float = Field(8.0, gt=0, description="scaling is lora_alpha / lora_r")
     lora_dropout: Float = Field(0.0, ge=0, lt=1, description="probability, on the input of A")

@@ -43,6 +43,10 @@ NameOrTemplate = Annotated[
 ]
 
 
+#: Of a tokenizer without a template, `tokenizer_default` is an error.
+ChatTemplate = Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"]
+
+
 class DatasetKeys(Keys):
     """One entry of datasets or test_datasets."""
 
@@ -58,8 +62,13 @@ class DatasetKeys(Keys):
     name: str | None = Field(None, description="hub: the configuration of the dataset")
     split: str = Field("train", description="hub: the split")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
-    chat_template: Literal["tokenizer_default", "chatml", "jinja"] = Field(
-        "tokenizer_default", description="chats: the template"
+    shards: Int | None = Field(None, gt=0, description="take every so-manieth row")
+    shards_idx: Int = Field(0, ge=0, description="which of the shards, from 0")
+    weight: Float = Field(
+        1.0, gt=0, description="how often an epoch has its samples: 2 twice, 0.5 half of them"
+    )
+    chat_template: ChatTemplate | None = Field(
+        None, description="chats: the template (default: the top level's chat_template)"
     )
     chat_template_jinja: str | None = Field(None, description="chats: its text, of chat_template: jinja")
     field_messages: str | None = Field(
@@ -96,6 +105,13 @@ class DataKeys(Keys):
     val_set_size: Float = Field(
         0.0, ge=0, description="held out of datasets: a share below 1, or a number of samples"
     )
+    chat_template: ChatTemplate = Field("tokenizer_default", description="the template of chats")
+    chat_template_jinja: str | None = Field(None, description="its text, of chat_template: jinja")
+    dataset_shard_num: Int | None = Field(None, gt=0, description="train on every so-manieth sample")
+    dataset_shard_idx: Int = Field(0, ge=0, description="which of these shards, from 0")
+    dataset_prepared_path: str | None = Field(
+        None, description="folder for prepared data (default: in the cache; FASTLORA_CACHE)"
+    )
     sequence_len: Int = Field(512, gt=1, description="longest sample, in tokens")
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop", description="what happens to a longer one; completion is split instead"
@@ -113,5 +129,9 @@ class DataKeys(Keys):
     eval_sample_packing: bool | None = Field(
         None, description="the same for what is held out (default: as sample_packing)"
     )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] | None = Field(
+        None, description="order of the samples of an epoch (default: random)"
+    )
     group_by_length: bool = Field(False, description="batch samples of similar length: less padding")
+    shuffle_merged_datasets: bool = Field(True, description="false: train_sampling_strategy: sequential")
     dataloader_num_workers: Int = Field(0, ge=0, description="processes that build batches")

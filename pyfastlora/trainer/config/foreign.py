@@ -1,41 +1,198 @@
-"""Axolotl's keys that are not honoured here, each with the reason.
+"""Axolotl's keys that are none of ours, and what becomes of each: translated, noted or refused.
 
-Configurations carry many of them, mostly blank or false. Blank, false, 0 or empty is what happens anyway
-and is accepted; any other value is refused with the reason below. EXPLAINED keys are accepted with a note,
-because what they ask for happens by itself or changes nothing in the result.
+Configurations carry many of them, mostly blank or false. Blank, false, 0 or empty is what happens anyway and
+is accepted. A Translation is another name for a key of ours; a Note says why the key changes nothing in the
+result; a Refusal, why what it asks for cannot be had, and what to write instead.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-_NOT_HERE = "not available; remove the key"
-_ONE_PROCESS = "training runs in one process on one device; remove the key"
-_NO_SERVICE = "metrics go to log.jsonl in output_dir, to no service; remove the key"
-_ATTENTION = "say attn_implementation: {} instead"
 
-REFUSED: dict[str, str] = {
-    "max_packed_sequence_len": "say sequence_len and sample_packing: true",
-    "load_in_8bit": "the base is dense (adapter: lora) or 4-bit (adapter: qlora)",
-    "gptq": "the base is dense (adapter: lora) or 4-bit (adapter: qlora)",
-    "lora_model_dir": "training starts from a fresh adapter; remove the key",
-    "lora_fan_in_fan_out": "PEFT sets it from the layer; remove the key",
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """The key says what `key` says: with `value` where there is one, else with its own."""
+
+    key: str
+    value: Any = None
+
+    def value_of(self, written: Any) -> Any:
+        return written if self.value is None else self.value
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """The key is accepted; the sentence says why it changes nothing."""
+
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The key is an error; the sentence says why, and what to write instead."""
+
+    sentence: str
+
+
+Fate = Translation | Note | Refusal
+
+_NOT_HERE = Refusal("not available; remove the key")
+_ONE_PROCESS = Refusal("training runs in one process on one device; remove the key")
+_NO_SERVICE = Refusal("metrics go to log.jsonl in output_dir, to no service; remove the key")
+_FRESH = Refusal("training starts at step 0 from a fresh adapter; remove the key")
+_SFT = Refusal("trained is on texts and responses (SFT); remove the key")
+_GPTQ = Refusal("the base is dense, 8-bit (load_in_8bit) or 4-bit (adapter: qlora)")
+_GONE = Refusal("it is gone from Axolotl and transformers; remove the key")
+_SCHEDULE = Refusal("not among the schedules (lr_scheduler); remove the key")
+
+_ATTENTION = "attn_implementation"
+_KERNELS = Note("every adapted linear is fused where it can be; see the kernel report")
+_PACKING = Note("all samples are packed at once, and counted: nothing has to be estimated")
+_CLASS = Note("the class is read from the files of base_model")
+_CORES = Note("tokenising uses all cores")
+_LOGIN = Note("the token of `hf auth login` is used where the hub asks for one")
+_LOSS = Note("the loss is transformers' own")
+
+FOREIGN: dict[str, Fate] = {
+    # other names
+    "noisy_embedding_alpha": Translation("neftune_noise_alpha"),
+    "model_revision": Translation("revision_of_model"),
+    "bfloat16": Translation("bf16", "full"),
+    "flash_attention": Translation(_ATTENTION, "flash_attention_2"),
+    "flex_attention": Translation(_ATTENTION, "flex_attention"),
+    "sdp_attention": Translation(_ATTENTION, "sdpa"),
+    "eager_attention": Translation(_ATTENTION, "eager"),
+    "xformers_attention": Translation(_ATTENTION, "sdpa"),
+    # the model
+    "base_model_config": Note("the configuration is read from the files of base_model"),
+    "base_model_ignore_patterns": Note("only the files that are needed are read"),
+    "model_type": _CLASS,
+    "tokenizer_type": _CLASS,
+    "tokenizer_use_fast": Note("the fast tokenizer is used where there is one"),
+    "tokenizer_legacy": Note("what the tokenizer's own files say holds"),
+    "is_llama_derived_model": _CLASS,
+    "is_mistral_derived_model": _CLASS,
+    "is_qwen_derived_model": _CLASS,
+    "is_falcon_derived_model": _CLASS,
+    "gptq": _GPTQ,
+    "gptq_groupsize": _GPTQ,
+    "gptq_model_v1": _GPTQ,
+    "gptq_disable_exllama": _GPTQ,
+    "overrides_of_model_config": Refusal("put it into the config.json of base_model"),
+    "model_config": Refusal("put it into the config.json of base_model"),
+    "overrides_of_model_kwargs": _NOT_HERE,
+    "rope_scaling": Refusal("put it into the config.json of base_model"),
+    "resize_token_embeddings_to_32x": Refusal("embeddings grow by the tokens of `tokens` and no more"),
+    "float16": Refusal("float16 adapters lose their small gradients; say fp16: true, which scales them"),
+    "gpu_memory_limit": _NOT_HERE,
     "lora_on_cpu": _NOT_HERE,
+    "max_memory": Refusal("the model goes to one device; remove the key"),
+    "device_map": Refusal("the model goes to one device; remove the key"),
+    "s2_attention": _GONE,
+    "sage_attention": _NOT_HERE,
+    "landmark_attention": _GONE,
+    "xpos_rope": _GONE,
+    "flash_optimum": _GONE,
+    "better_transformer": _GONE,
+    "flash_attn_cross_entropy": _LOSS,
+    "flash_attn_rms_norm": Note("the norms are the model's own"),
+    "flash_attn_fuse_qkv": _KERNELS,
+    "flash_attn_fuse_mlp": _KERNELS,
+    # the adapter
+    "lora_mlp_kernel": _KERNELS,
+    "lora_qkv_kernel": _KERNELS,
+    "lora_o_kernel": _KERNELS,
+    "lora_embedding_kernel": _KERNELS,
+    "lora_fan_in_fan_out": Note("PEFT sees from the layer which way its weight lies"),
+    "lora_out_dir": Refusal("the adapter is saved in output_dir; say that"),
+    "lora_model_dir": _FRESH,
     "relora": _NOT_HERE,
     "relora_steps": _NOT_HERE,
-    "resume_from_checkpoint": "a run starts from step 0; remove the key",
-    "auto_resume_from_checkpoints": "a run starts from step 0; remove the key",
+    "relora_warmup_steps": _NOT_HERE,
+    "relora_anneal_steps": _NOT_HERE,
+    "relora_prune_ratio": _NOT_HERE,
+    "relora_cpu_offload": _NOT_HERE,
+    "peft": _NOT_HERE,
+    "loraplus_lr_ratio": _NOT_HERE,
+    "loraplus_lr_embedding": _NOT_HERE,
+    "peft_layers_to_transform": Refusal("say lora_target_modules as a regular expression with the layers"),
+    "peft_init_lora_weights": _NOT_HERE,
+    "peft_layer_replication": _NOT_HERE,
+    # the data
+    "dataset_processes": _CORES,
+    "dataset_num_proc": _CORES,
+    "dataset_keep_in_memory": Note("prepared data stays on disk and is mapped into memory"),
+    "push_dataset_to_hub": _NOT_HERE,
+    "hf_use_auth_token": _LOGIN,
+    "max_packed_sequence_len": Refusal("say sequence_len and sample_packing: true"),
+    "sample_packing_eff_est": _PACKING,
+    "total_num_tokens": _PACKING,
+    "sample_packing_group_size": _PACKING,
+    "sample_packing_bin_size": _PACKING,
+    "sample_packing_sequentially": _PACKING,
+    "pretraining_dataset": Refusal("give the text as datasets with type: completion"),
+    "default_system_message": Refusal("put a system message into the rows, or into chat_template_jinja"),
+    "rl": _SFT,
+    "reward_model": _SFT,
+    "process_reward_model": _SFT,
+    "kd_trainer": _SFT,
+    # batches and steps
+    "batch_size": Refusal(
+        "say micro_batch_size and gradient_accumulation_steps (batch_size is their product)"
+    ),
+    "lr_quadratic_warmup": _SCHEDULE,
+    "lr_div_factor": _SCHEDULE,
+    "log_sweep_min_lr": _SCHEDULE,
+    "log_sweep_max_lr": _SCHEDULE,
+    "cosine_min_lr_ratio": Refusal(
+        "say lr_scheduler: cosine_with_min_lr and lr_scheduler_kwargs: {min_lr_rate: ..}"
+    ),
+    "cosine_constant_lr_ratio": _SCHEDULE,
     "early_stopping_patience": _NOT_HERE,
-    "batch_size": "say micro_batch_size and gradient_accumulation_steps (batch_size is their product)",
-    "pretraining_dataset": "give the text as datasets with type: completion",
-    "chat_template": "say it of each of datasets, beside type: chat_template",
-    "rl": _NOT_HERE,
-    "plugins": _NOT_HERE,
+    "curriculum_sampling": _NOT_HERE,
+    "torchdistx_path": _GONE,
     "torch_compile": _NOT_HERE,
+    "torch_compile_backend": _NOT_HERE,
+    "torch_compile_mode": _NOT_HERE,
+    "optim_args": _NOT_HERE,
+    "optim_target_modules": _NOT_HERE,
+    "unfrozen_parameters": _NOT_HERE,
+    "lisa_n_layers": _NOT_HERE,
+    "lisa_step_interval": _NOT_HERE,
+    "lisa_layers_attribute": _NOT_HERE,
+    "activation_offloading": _NOT_HERE,
+    "layer_offloading": _NOT_HERE,
+    "tiled_mlp": _NOT_HERE,
+    "plugins": _NOT_HERE,
+    # engines
     "deepspeed": _ONE_PROCESS,
     "fsdp": _ONE_PROCESS,
     "fsdp_config": _ONE_PROCESS,
+    "fsdp_version": _ONE_PROCESS,
     "local_rank": _ONE_PROCESS,
+    "ddp": _ONE_PROCESS,
+    "ddp_timeout": _ONE_PROCESS,
+    "ddp_bucket_cap_mb": _ONE_PROCESS,
+    "ddp_broadcast_buffers": _ONE_PROCESS,
+    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "context_parallel_size": _ONE_PROCESS,
+    "sequence_parallel_degree": _ONE_PROCESS,
+    "tensor_parallel_size": _ONE_PROCESS,
+    "use_ray": _ONE_PROCESS,
+    # the run
+    "resume_from_checkpoint": _FRESH,
+    "auto_resume_from_checkpoints": _FRESH,
+    "save_safetensors": Note("weights are saved as safetensors"),
+    "save_only_model": _NOT_HERE,
+    "debug": Note("`fastlora preprocess --show` prints what is trained on"),
+    "eval_table_size": _NO_SERVICE,
+    "eval_causal_lm_metrics": _NOT_HERE,
+    "loss_watchdog_threshold": Refusal("a loss that is not finite stops the run; remove the key"),
+    "loss_watchdog_patience": Refusal("a loss that is not finite stops the run; remove the key"),
+    "eval_table_max_new_tokens": _NO_SERVICE,
+    "eval_max_new_tokens": _NO_SERVICE,
     "wandb_project": _NO_SERVICE,
     "wandb_entity": _NO_SERVICE,
     "wandb_watch": _NO_SERVICE,
@@ -43,41 +200,28 @@ REFUSED: dict[str, str] = {
     "wandb_run_id": _NO_SERVICE,
     "wandb_log_model": _NO_SERVICE,
     "wandb_mode": _NO_SERVICE,
+    "use_wandb": _NO_SERVICE,
+    "use_mlflow": _NO_SERVICE,
     "mlflow_tracking_uri": _NO_SERVICE,
+    "mlflow_experiment_name": _NO_SERVICE,
+    "use_comet": _NO_SERVICE,
+    "comet_project_name": _NO_SERVICE,
     "use_tensorboard": _NO_SERVICE,
-    "hub_model_id": "the adapter stays in output_dir; push it with `hf upload` afterwards",
-    "push_dataset_to_hub": _NOT_HERE,
-    "flash_attention": _ATTENTION.format("flash_attention_2"),
-    "flex_attention": _ATTENTION.format("flex_attention"),
-    "sdp_attention": _ATTENTION.format("sdpa"),
-    "eager_attention": _ATTENTION.format("eager"),
-    "xformers_attention": "sdpa chooses the best kernel of torch: say attn_implementation: sdpa",
-    "s2_attention": _NOT_HERE,
-    "debug": _NOT_HERE,
+    "hub_model_id": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
+    "hub_strategy": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
 }
 
-_KERNELS = "every adapted linear is fused where it can be; see the kernel report"
-_PACKING = "all samples are packed at once, and counted: nothing has to be estimated"
-_CLASS = "the class is read from the files of base_model"
-
-EXPLAINED: dict[str, str] = {
-    "lora_mlp_kernel": _KERNELS,
-    "lora_qkv_kernel": _KERNELS,
-    "lora_o_kernel": _KERNELS,
-    "lora_embedding_kernel": "embeddings run PEFT's forward",
-    "dataset_prepared_path": "data is tokenised anew for each run; nothing is kept there",
-    "dataset_processes": "tokenising uses all cores",
-    "dataset_num_proc": "tokenising uses all cores",
-    "model_type": _CLASS,
-    "tokenizer_type": _CLASS,
-    "is_llama_derived_model": _CLASS,
-    "is_mistral_derived_model": _CLASS,
-    "is_falcon_derived_model": _CLASS,
-    "sample_packing_eff_est": _PACKING,
-    "total_num_tokens": _PACKING,
-    "sample_packing_group_size": _PACKING,
-    "sample_packing_bin_size": _PACKING,
-    "save_safetensors": "adapters are saved as safetensors",
+FOREIGN_OF_DATASETS: dict[str, Fate] = {
+    "train_on_split": Translation("split"),
+    "conversation": Refusal("say chat_template: chatml, or chat_template: jinja and its text"),
+    "field_human": Refusal("say field_instruction in a template (type: {..})"),
+    "field_model": Refusal("say field_output in a template (type: {..})"),
+    "message_field_role": Refusal("say message_property_mappings: {role: ..}"),
+    "message_field_content": Refusal("say message_property_mappings: {content: ..}"),
+    "trust_remote_code": Refusal("datasets runs no code of a dataset any more; remove the key"),
+    "preprocess_shards": _CORES,
+    "input_format": _GONE,
+    "input_transform": _GONE,
 }
 
 

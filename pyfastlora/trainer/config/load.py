@@ -1,14 +1,17 @@
-"""Reads a configuration file: YAML and --set in, a Config out, or every mistake at once with its line.
+"""Reads a configuration file: YAML and --set in, a Config out, or every mistake at once with its place.
 
-A message is `cfg.yaml:12: micro_batchsize: unknown key; did you mean micro_batch_size?`: where, which key,
-what was needed, what was found. A value given by --set has no line; `--set` stands where the file would.
+A message is `cfg.yaml:12:1: micro_batchsize: unknown key; did you mean micro_batch_size?`: where (line and
+column), which key, what was needed, what was found. A value given by --set has no place; `--set` stands where
+the file would. `base_config: other.yaml` is read first: mappings are joined key by key, all else is replaced.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +19,14 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from pyfastlora.trainer.config import yaml_lines
-from pyfastlora.trainer.config.foreign import EXPLAINED, REFUSED, is_off
+from pyfastlora.trainer.config.foreign import (
+    FOREIGN,
+    FOREIGN_OF_DATASETS,
+    Fate,
+    Note,
+    Refusal,
+    is_off,
+)
 from pyfastlora.trainer.config.rules import RULES
 from pyfastlora.trainer.config.schema import Config
 from pyfastlora.trainer.errors import ConfigError
@@ -47,6 +57,10 @@ _WANTED = {
 }
 
 
+BASE = "base_config"
+Places = dict[yaml_lines.Path, yaml_lines.Place]
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A configuration with what belongs beside it: the file's own text, its name, and notes for the user."""
@@ -64,16 +78,55 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> LoadedConfig
     lists every problem: not a file, not YAML, unknown keys, values of the wrong type, keys that contradict
     each other.
     """
-    name, text = str(path), _read(Path(path))
-    located = yaml_lines.parse(text, name)
-    values = {} if located.values is None else located.values
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}: must be a mapping of keys to values; got {_show(values)}")
-    reader = _Reading(name, values, dict(located.lines))
+    text = _read(Path(path))
+    values, places = _with_base(Path(path), text, ())
+    reader = _Reading(str(path), values, places)
     for override in overrides:
         reader.override(override)
     config = reader.config()
-    return LoadedConfig(config, text, name, tuple(reader.notes))
+    return LoadedConfig(config, text, str(path), tuple(reader.notes))
+
+
+def _with_base(path: Path, text: str, within: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
+    """The values of a file over those of its base_config, and where each was written."""
+    located = yaml_lines.parse(text, str(path))
+    values, places = {} if located.values is None else located.values, dict(located.places)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values; got {_show(values)}")
+    base = values.pop(BASE, None)
+    if base is None:
+        return values, places
+    at = places[(BASE,)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{at}: {BASE} must be the name of a file; got {_show(base)}")
+    other = path.parent / os.path.expanduser(base)
+    chain = (*within, path.resolve())
+    if other.resolve() in chain:
+        raise ConfigError(f"{at}: {BASE}: {base} is based on this file: a circle")
+    if not other.is_file():
+        raise ConfigError(f"{at}: {BASE}: {other}: no such file")
+    below, below_places = _with_base(other, _read(other), chain)
+    kept = {k: v for k, v in below_places.items() if not _replaced(k, below, values)}
+    return _joined(below, values), kept | places
+
+
+def _joined(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    joined = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        joined[key] = _joined(below[key], value) if both else value
+    return joined
+
+
+def _replaced(path: yaml_lines.Path, below: Any, above: Any) -> bool:
+    """Whether what stands at path below is hidden by what is above."""
+    for part in path:
+        if not isinstance(below, dict) or not isinstance(above, dict):
+            return True
+        if part not in above:
+            return False
+        below, above = below.get(part), above[part]
+    return True
 
 
 def _read(path: Path) -> str:
@@ -90,24 +143,24 @@ def _read(path: Path) -> str:
 class _Reading:
     """The values of one file on their way to a Config, with what is wrong and worth noting so far."""
 
-    def __init__(self, name: str, values: dict[str, Any], lines: dict[yaml_lines.Path, int]) -> None:
-        self.name, self.values, self.lines = name, values, lines
+    def __init__(self, name: str, values: dict[str, Any], places: Places) -> None:
+        self.name, self.values, self.places = name, values, places
         self.overridden: set[yaml_lines.Path] = set()
-        self.problems: list[tuple[int, str]] = []
+        self.problems: list[tuple[tuple[int, int], str]] = []
         self.notes: list[str] = []
 
-    def where(self, path: yaml_lines.Path) -> tuple[int, str]:
-        """The line of the innermost written part of path (0: none), and how to name it."""
+    def where(self, path: yaml_lines.Path) -> tuple[tuple[int, int], str]:
+        """Line and column of the innermost written part of path (0: none), and how to name it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
-                return 0, "--set"
-            if path[:end] in self.lines:
-                return self.lines[path[:end]], f"{self.name}:{self.lines[path[:end]]}"
-        return 0, self.name
+                return (0, 0), "--set"
+            if place := self.places.get(path[:end]):
+                return (place.line, place.column), str(place)
+        return (0, 0), self.name
 
     def problem(self, path: yaml_lines.Path, sentence: str) -> None:
-        line, where = self.where(path)
-        found = (line, f"{where}: {sentence}")
+        at, where = self.where(path)
+        found = (at, f"{where}: {sentence}")
         if found not in self.problems:  # each member of a union complains
             self.problems.append(found)
 
@@ -116,6 +169,8 @@ class _Reading:
         path = _parse_path(key.strip())
         if not equals or path is None:
             raise ConfigError(f"--set {text}: must be key=value, for instance --set learning_rate=1e-4")
+        if path == (BASE,):
+            raise ConfigError(f"--set {BASE}: is read from the file only")
         target: Any = self.values
         for i, part in enumerate(path):
             if isinstance(part, int):
@@ -151,14 +206,29 @@ class _Reading:
         return config
 
     def _foreign_keys(self) -> None:
-        for key in [k for k in self.values if k in REFUSED or k in EXPLAINED]:
-            value = self.values.pop(key)
+        self._explain((), self.values, FOREIGN)
+        for section in ("datasets", "test_datasets"):
+            entries = self.values.get(section)
+            for i, entry in enumerate(entries if isinstance(entries, list) else []):
+                if isinstance(entry, dict):
+                    self._explain((section, i), entry, FOREIGN_OF_DATASETS)
+
+    def _explain(self, at: yaml_lines.Path, values: dict[str, Any], known: Mapping[str, Fate]) -> None:
+        """Take the keys that are none of ours out of a mapping: translated, noted or refused."""
+        for key in [k for k in values if k in known]:
+            value, fate, path = values.pop(key), known[key], (*at, key)
             if is_off(value):
                 continue
-            if key in EXPLAINED:
-                self.notes.append(f"{key}: {EXPLAINED[key]}")
+            if isinstance(fate, Note):
+                self.notes.append(f"{_spell(path)}: {fate.sentence}")
+            elif isinstance(fate, Refusal):
+                self.problem(path, f"{_spell(path)}: {_show(value)} cannot be had: {fate.sentence}")
+            elif not is_off(values.get(fate.key)):
+                self.problem(path, f"{key} and {fate.key} say the same in two ways; keep {fate.key}")
             else:
-                self.problem((key,), f"{key}: {_show(value)} cannot be had: {REFUSED[key]}")
+                values[fate.key] = fate.value_of(value)
+                self.places[(*at, fate.key)] = self.places.get(path, yaml_lines.Place(0, 0, "--set"))
+                self.notes.append(f"{_spell(path)}: read as {fate.key}: {_show(values[fate.key])}")
 
     def _drop_blank_keys(self) -> None:
         for key in [k for k, v in self.values.items() if v is None and k in Config.model_fields]:
@@ -190,7 +260,7 @@ class _Reading:
         path = loc if kind == "missing" else _written_path(loc, self.values)
         key = _spell(path)
         if kind == "extra_forbidden":
-            sentence = f"{key}: unknown key{_suggest(str(path[-1]), _siblings(path))}"
+            sentence = f"{key}: unknown key{_nearest(path)}"
             if strict or len(path) > 1:
                 self.problem(path, sentence)
             else:
@@ -217,7 +287,6 @@ class _Reading:
 
 _PLACEHOLDERS = {
     "base_model": "-",
-    "adapter": "lora",
     "datasets": [{"path": "-", "type": "completion"}],
     "learning_rate": 1.0,
 }
@@ -270,15 +339,36 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(inner)
 
 
-def _siblings(path: yaml_lines.Path) -> list[str]:
-    model = _model_at(path[:-1])
-    return list(model.model_fields) if model else []
+def _nearest(path: yaml_lines.Path) -> str:
+    """What may have been meant by an unknown key: one of its neighbours, or one that belongs elsewhere."""
+    key, model = str(path[-1]), _model_at(path[:-1])
+    if model and (hint := _suggest(key, model.model_fields, in_config=model is Config)):
+        return hint
+    for section, other in _sections():
+        if other is not model and key in other.model_fields:
+            return f"; it is a key of {section}"
+    return ""
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Where keys can stand, and the schema of each place."""
+    yield "the top level", Config
+    for name, field in Config.model_fields.items():
+        for model in _models_in(field.annotation):
+            yield name, model
+
+
+def _section_of(key: str) -> str:
+    """The subject of a key at the top level: that of the class that has it."""
+    owner = next(group for group in Config.__mro__ if key in inspect.get_annotations(group))
+    return owner.__name__.removesuffix("Keys").lower()
 
 
 # A value of a union fails once per member; these say what the key takes as a whole.
 _UNIONS = {
     "bf16": "true, false, auto or full",
     "tf32": "true, false or auto",
+    "adapter": "lora, qlora or nothing",
     "sample_packing": "true, false or auto",
     "lora_target_modules": "a list of module names, or one regular expression",
     "data_files": "a file name or a list of them",
@@ -294,9 +384,12 @@ def _wanted(path: yaml_lines.Path, error: Any) -> str:
     return wanted.format(**context).replace("'", "") if wanted else error["msg"].lower()
 
 
-def _suggest(found: str, known: Iterable[str]) -> str:
+def _suggest(found: str, known: Iterable[str], *, in_config: bool = False) -> str:
     close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    if not close:
+        return ""
+    section = f" ({_section_of(close[0])} keys)" if in_config else ""
+    return f"; did you mean {close[0]}?{section}"
 
 
 def _show(value: Any) -> str:

@@ -52,6 +52,7 @@ class ModelKeys(Keys):
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
     ) = Field(None, description="attention of transformers (default: its own choice)")
     load_in_4bit: bool | None = Field(None, description="bitsandbytes 4-bit base; implied by adapter: qlora")
+    load_in_8bit: bool = Field(False, description="bitsandbytes 8-bit base (LLM.int8), with adapter: lora")
     bnb_config_kwargs: BnbKeys = Field(BnbKeys(), description="details of the 4-bit base")
     bf16: bool | Literal["auto", "full"] = Field(
         "auto", description="true: bf16 base, fp32 adapter, autocast; full: all bf16; auto: true where fast"

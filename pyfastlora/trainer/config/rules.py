@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DatasetKeys
 from pyfastlora.trainer.config.model import BnbKeys
 from pyfastlora.trainer.config.schema import Config
@@ -14,21 +15,30 @@ Conflict = tuple[tuple[str, ...], str]
 
 def _bits_fit_adapter(c: Config) -> Iterator[Conflict]:
     keys = ("load_in_4bit", "adapter")
-    if c.adapter == "qlora" and c.load_in_4bit is False:
-        yield (
-            keys,
-            "adapter: qlora trains on 4-bit weights; remove load_in_4bit: false, or write adapter: lora",
-        )
-    if c.adapter == "lora" and c.load_in_4bit:
-        yield keys, "load_in_4bit: true goes with adapter: qlora; got adapter: lora"
-    if c.adapter == "lora" and c.bnb_config_kwargs != BnbKeys():
-        yield (
-            ("bnb_config_kwargs", "adapter"),
-            "bnb_config_kwargs goes with adapter: qlora; got adapter: lora",
-        )
+    if c.load_in_4bit and c.load_in_8bit:
+        yield ("load_in_8bit", "load_in_4bit"), "load_in_4bit and load_in_8bit exclude each other; keep one"
+    elif c.adapter == "qlora" and c.load_in_4bit is False:
+        why = "adapter: qlora trains on 4-bit weights; remove load_in_4bit: false, or write adapter: lora"
+        yield keys, why
+    elif c.adapter != "qlora" and c.load_in_4bit:
+        yield keys, f"load_in_4bit: true goes with adapter: qlora; got adapter: {c.adapter or 'nothing'}"
+    elif c.adapter != "lora" and c.load_in_8bit:
+        got = f"got adapter: {c.adapter or 'nothing'}"
+        yield ("load_in_8bit", "adapter"), f"load_in_8bit: true goes with adapter: lora; {got}"
+    if c.adapter != "qlora" and c.bnb_config_kwargs != BnbKeys():
+        got = f"got adapter: {c.adapter or 'nothing'}"
+        yield ("bnb_config_kwargs", "adapter"), f"bnb_config_kwargs goes with adapter: qlora; {got}"
 
 
 def _something_is_adapted(c: Config) -> Iterator[Conflict]:
+    if c.adapter is None:
+        for key in AdapterKeys.model_fields:
+            if key != "fastlora" and getattr(c, key) != AdapterKeys.model_fields[key].default:
+                yield (
+                    (key, "adapter"),
+                    f"{key} goes with adapter: lora or qlora; without one, the model is trained",
+                )
+        return
     if not c.lora_target_linear and not c.lora_target_modules:
         yield ("adapter",), "nothing to adapt: set lora_target_linear: true, or list lora_target_modules"
     if c.lora_target_linear and isinstance(c.lora_target_modules, str):
@@ -39,7 +49,7 @@ def _something_is_adapted(c: Config) -> Iterator[Conflict]:
 
 
 def _new_tokens_are_trained(c: Config) -> Iterator[Conflict]:
-    if c.tokens and not c.lora_modules_to_save:
+    if c.tokens and c.adapter and not c.lora_modules_to_save:
         yield (
             ("tokens", "lora_modules_to_save"),
             "tokens adds rows to the embeddings, which nobody would train or save; "
@@ -90,11 +100,10 @@ def _one_held_out_set(c: Config) -> Iterator[Conflict]:
 
 
 def _field_is_for_completion(c: Config) -> Iterator[Conflict]:
-    for section in ("datasets", "test_datasets"):
-        for i, d in enumerate(getattr(c, section)):
-            if d.field is not None and d.type != "completion":
-                got = d.type if isinstance(d.type, str) else "a template" if d.type else "none"
-                yield (f"{section}[{i}].field",), f"field goes with type: completion; got type: {got}"
+    for at, d in _entries(c):
+        if d.field is not None and d.type != "completion":
+            got = d.type if isinstance(d.type, str) else "a template" if d.type else "none"
+            yield (f"{at}.field",), f"field goes with type: completion; got type: {got}"
 
 
 _CHAT_KEYS = (
@@ -104,36 +113,58 @@ _CHAT_KEYS = (
 
 
 def _chat_keys_are_for_chats(c: Config) -> Iterator[Conflict]:
-    for section in ("datasets", "test_datasets"):
-        for i, d in enumerate(getattr(c, section)):
-            at = f"{section}[{i}]"
-            given = [k for k in _CHAT_KEYS if getattr(d, k) != DatasetKeys.model_fields[k].default]
-            if given and d.type not in CHATS:
-                yield (f"{at}.{given[0]}",), f"{given[0]} goes with type: {', '.join(CHATS)}"
-            if (d.chat_template == "jinja") != (d.chat_template_jinja is not None):
-                lone = "chat_template" if d.chat_template == "jinja" else "chat_template_jinja"
-                keys = (f"{at}.{lone}",)
-                yield keys, "chat_template: jinja and chat_template_jinja, its text, go together"
+    for at, d in _entries(c):
+        given = [k for k in _CHAT_KEYS if getattr(d, k) != DatasetKeys.model_fields[k].default]
+        if given and d.type not in CHATS:
+            yield (f"{at}.{given[0]}",), f"{given[0]} goes with type: {', '.join(CHATS)}"
+    places: list[tuple[str, Config | DatasetKeys]] = [("", c), *((f"{at}.", d) for at, d in _entries(c))]
+    for prefix, keys in places:
+        if (keys.chat_template == "jinja") != (keys.chat_template_jinja is not None):
+            lone = "chat_template" if keys.chat_template == "jinja" else "chat_template_jinja"
+            yield (f"{prefix}{lone}",), "chat_template: jinja and chat_template_jinja, its text, go together"
 
 
 def _one_chat_template(c: Config) -> Iterator[Conflict]:
-    entries = [
-        (f"{name}[{i}]", d) for name in ("datasets", "test_datasets") for i, d in enumerate(getattr(c, name))
-    ]
-    chats = [(at, (d.chat_template, d.chat_template_jinja)) for at, d in entries if d.type in CHATS]
-    for at, found in chats[1:]:
-        if found != chats[0][1]:
+    chats = [(at, c.with_template(d)) for at, d in _entries(c) if d.type in CHATS]
+    found = [(at, (d.chat_template, d.chat_template_jinja)) for at, d in chats]
+    for at, template in found[1:]:
+        if template != found[0][1]:
             keys = (f"{at}.chat_template", f"{at}.chat_template_jinja", at)
-            yield keys, f"{at} and {chats[0][0]} have other chat templates; a model is saved with one"
+            yield keys, f"{at} and {found[0][0]} have other chat templates; a model is saved with one"
+
+
+def _shards_are_there(c: Config) -> Iterator[Conflict]:
+    whole = ("dataset_shard_num", "dataset_shard_idx", c.dataset_shard_num, c.dataset_shard_idx)
+    parts = [(f"{at}.shards", f"{at}.shards_idx", d.shards, d.shards_idx) for at, d in _entries(c)]
+    for count_key, index_key, count, index in (whole, *parts):
+        if index >= (count or 1):
+            name = count_key.rpartition(".")[2]
+            yield (
+                (index_key,),
+                f"{index_key} counts from 0 and must be less than {name} ({count or 1}); got {index}",
+            )
+
+
+def _entries(c: Config) -> list[tuple[str, DatasetKeys]]:
+    """Every dataset, and where it stands."""
+    sections = (("datasets", c.datasets), ("test_datasets", c.test_datasets))
+    return [(f"{name}[{i}]", entry) for name, entries in sections for i, entry in enumerate(entries)]
 
 
 def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
-    if c.sample_packing and c.group_by_length:
-        keys = ("sample_packing", "group_by_length")
+    if c.sample_packing and c.sampling == "group_by_length":
+        keys = ("sample_packing", "group_by_length", "train_sampling_strategy")
         yield keys, "packed rows are all of one length; keep sample_packing or group_by_length"
+    for key, meant in (("group_by_length", "group_by_length"), ("shuffle_merged_datasets", "sequential")):
+        asked = getattr(c, key) != Config.model_fields[key].default
+        if asked and c.sampling != meant:
+            yield (
+                (key, "train_sampling_strategy"),
+                f"{key} asks for {meant} order, another key for {c.sampling}",
+            )
     if c.eval_sample_packing and not c.sample_packing:
-        keys = ("eval_sample_packing", "sample_packing")
-        yield keys, "eval_sample_packing: true goes with sample_packing: true"
+        both = ("eval_sample_packing", "sample_packing")
+        yield both, "eval_sample_packing: true goes with sample_packing: true"
 
 
 RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
@@ -147,5 +178,6 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _field_is_for_completion,
     _chat_keys_are_for_chats,
     _one_chat_template,
+    _shards_are_there,
     _packed_or_grouped,
 )

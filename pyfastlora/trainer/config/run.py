@@ -13,6 +13,9 @@ class RunKeys(Keys):
     """Where the run goes, what it reports and how often."""
 
     output_dir: str = Field("./model-out", min_length=1, description="a new or empty folder")
+    base_config: str | None = Field(
+        None, description="another file, read first: this one replaces what it says, mappings key by key"
+    )
     seed: Int = Field(42, ge=0, description="of adapter, data order and dropout")
     logging_steps: Int = Field(1, gt=0, description="steps between two lines of log.jsonl")
     eval_strategy: Literal["no", "epoch", "steps"] | None = Field(None, description="default: epoch")

@@ -1,15 +1,17 @@
-"""YAML with the line of every value, numbers as in YAML 1.2, and no duplicate keys.
+"""YAML with the place of every value, numbers as in YAML 1.2, and no duplicate keys.
 
 PyYAML reads YAML 1.1, where 1e-4 is text, `no` is false and 12:30 is 750. Whoever writes a configuration
 means the 1.2 reading, so this loader resolves plain scalars by 1.2's core rules; the rest is the safe loader.
+`${env:NAME}` inside a value is the environment variable, and the only way in which one gets there.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -21,16 +23,32 @@ Path = tuple[str | int, ...]
 MOST_VALUES = 100_000
 
 
+class Place(NamedTuple):
+    """Where a value was written; line and column count from 1."""
+
+    line: int
+    column: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.line}:{self.column}"
+
+    @classmethod
+    def of(cls, node: yaml.Node, name: str) -> Place:
+        """The beginning of a node."""
+        return cls(node.start_mark.line + 1, node.start_mark.column + 1, name)
+
+
 @dataclass(frozen=True)
 class LocatedValues:
     """The plain values of a YAML document, and where each was written.
 
-    values is what yaml.safe_load would give under YAML 1.2's scalar rules; lines maps the path of each value,
-    for instance ("datasets", 0, "path"), to its 1-based line.
+    values is what yaml.safe_load would give under YAML 1.2's scalar rules; places maps the path of each
+    value, for instance ("datasets", 0, "path"), to where its key is.
     """
 
     values: Any
-    lines: dict[Path, int]
+    places: dict[Path, Place]
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +82,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def parse(text: str, name: str) -> LocatedValues:
-    """The values of one YAML document and their lines; `name` is the file as the user wrote it, for messages.
+    """The values of one YAML document and their places; `name` is the file as the user wrote it.
 
     Raises ConfigError for text that is not YAML, for a duplicate key, a key that is not text, an alias that
     contains itself, and a file that expands to more than MOST_VALUES values.
@@ -78,7 +96,7 @@ def parse(text: str, name: str) -> LocatedValues:
         raise ConfigError(_describe(error, name)) from None
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
-    return LocatedValues(values, reader.lines)
+    return LocatedValues(values, reader.places)
 
 
 def parse_scalar(text: str, name: str) -> Any:
@@ -88,27 +106,27 @@ def parse_scalar(text: str, name: str) -> Any:
 
 @dataclass
 class _Reader:
-    """Turns composed nodes into values, remembering lines."""
+    """Turns composed nodes into values, remembering places."""
 
     loader: _Loader
     name: str
-    lines: dict[Path, int] = field(default_factory=dict)
+    places: dict[Path, Place] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     _open: set[int] = field(default_factory=set)
     _count: int = 0
 
     def read(self, node: yaml.Node, path: Path) -> Any:
-        line = node.start_mark.line + 1
-        self.lines.setdefault(path, line)
+        place = Place.of(node, self.name)
+        self.places.setdefault(path, place)
         self._count += 1
         if self._count > MOST_VALUES:
             raise ConfigError(f"{self.name}: aliases expand this file to more than {MOST_VALUES} values")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
-            raise ConfigError(f"{self.name}:{line}: tags are not read here; got {node.tag}")
+            raise ConfigError(f"{place}: tags are not read here; got {node.tag}")
         if id(node) in self._open:
-            raise ConfigError(f"{self.name}:{line}: an alias contains itself")
+            raise ConfigError(f"{place}: an alias contains itself")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -119,27 +137,43 @@ class _Reader:
             self._open.discard(id(node))
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if "${env:" in node.value:
+            self._fill_in(node)
         try:
             return self.loader.construct_object(node)
         except ValueError:  # for instance a number of more digits than Python converts
-            line = node.start_mark.line + 1
-            raise ConfigError(f"{self.name}:{line}: cannot be read: {node.value[:40]!r}") from None
+            place = Place.of(node, self.name)
+            raise ConfigError(f"{place}: cannot be read: {node.value[:40]!r}") from None
+
+    def _fill_in(self, node: yaml.ScalarNode) -> None:
+        """Put environment variables where ${env:NAME} asks for them; plain text may become a number then."""
+
+        def value(match: re.Match[str]) -> str:
+            if match[1] not in os.environ:
+                self.problems.append(
+                    f"{Place.of(node, self.name)}: {match[0]}: the environment has no {match[1]}"
+                )
+            return os.environ.get(match[1], "")
+
+        node.value = re.sub(r"\$\{env:([^}]*)\}", value, node.value)
+        if node.style is None:
+            node.tag = self.loader.resolve(yaml.ScalarNode, node.value, (True, False))
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node, merged in _pairs(node):
-            line = key_node.start_mark.line + 1
+            place = Place.of(key_node, self.name)
             key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
             if not isinstance(key, str):
                 found = repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "a collection"
-                self.problems.append(f"{self.name}:{line}: a key must be text; got {found}")
+                self.problems.append(f"{place}: a key must be text; got {found}")
                 continue
             if key in values:
                 if not merged:  # what a merge brings never overrides what is written out
-                    first = self.lines[(*path, key)]
-                    self.problems.append(f"{self.name}:{line}: {key}: given twice (first on line {first})")
+                    first = self.places[(*path, key)].line
+                    self.problems.append(f"{place}: {key}: given twice (first on line {first})")
                 continue
-            self.lines[(*path, key)] = line
+            self.places[(*path, key)] = place
             values[key] = self.read(value_node, (*path, key))
         return values
 
@@ -161,7 +195,7 @@ def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node, bool]
 
 def _describe(error: yaml.YAMLError, name: str) -> str:
     mark = getattr(error, "problem_mark", None)
-    where = name if mark is None else f"{name}:{mark.line + 1}"
+    where = name if mark is None else str(Place(mark.line + 1, mark.column + 1, name))
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None)
     return f"{where}: not YAML: {what}" + (f" ({context})" if context else "")

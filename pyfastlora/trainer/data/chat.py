@@ -164,9 +164,11 @@ def _template(entry: DatasetKeys, tokenizer: PreTrainedTokenizerBase) -> tuple[s
     if entry.chat_template == "chatml":
         return CHATML, CHATML_END
     if entry.chat_template == "jinja":
-        assert entry.chat_template_jinja is not None, "a rule of config.py"
+        assert entry.chat_template_jinja is not None, "a rule of config/rules.py"
         return entry.chat_template_jinja, tokenizer.eos_token
     own = tokenizer.chat_template
+    if not isinstance(own, str) and entry.chat_template == "tokenizer_default_fallback_chatml":
+        return CHATML, CHATML_END
     if not isinstance(own, str):
         raise DataError(
             "the tokenizer has no chat template: set chat_template: chatml, or chat_template: jinja and "
