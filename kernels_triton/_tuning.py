@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 import pyfastlora
-from pyfastlora import _jit
+from pyfastlora import _cache
 
 logger = logging.getLogger("pyfastlora")
 
@@ -87,9 +87,9 @@ def entry(op: str, arch: str, dtype: str, *sizes: int) -> Entry:
 
 def user_tables() -> tuple[Path, dict[str, Table]] | None:
     """What `fastlora tune` wrote, by versions of this package, and where it is."""
-    for directory in _jit.cache_dirs():
+    for directory in _cache.cache_dirs():
         path = directory / FILE
-        if not path.is_file() or _jit.distrust(directory):
+        if not path.is_file() or _cache.distrust(directory):
             continue
         try:
             table = json.loads(path.read_text())

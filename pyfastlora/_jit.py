@@ -10,14 +10,12 @@ a later one can trip over, and of many processes that start cold one compiles. I
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -29,13 +27,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyfastlora
+from pyfastlora._cache import cache_dirs, distrust, locked, sweep
 
 T = TypeVar("T")
 
 PREBUILT = Path(__file__).parent / "_prebuilt"
 MANIFEST = "manifest.json"
 TAIL = 20  # lines of a failed compilation that are shown
-ABANDONED = 24 * 3600  # seconds after which a .build-* directory has no process behind it
 
 
 class BuildError(RuntimeError):
@@ -107,30 +105,6 @@ def find_compiler() -> Compiler | None:
     return None
 
 
-def cache_dirs() -> list[Path]:
-    """The cache, then one that is private to the user, for when the first cannot be written."""
-    if named := os.environ.get("FASTLORA_CACHE"):
-        cache = Path(named)
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pyfastlora"
-    try:
-        return [cache.absolute(), Path(tempfile.gettempdir()) / f"pyfastlora-{os.getuid()}"]
-    except FileNotFoundError:  # no directory for temporary files can be written either
-        return [cache.absolute()]
-
-
-def distrust(path: Path) -> str | None:
-    """Why nothing under `path` may be loaded, or None. Root is trusted, as it can replace anything anyway."""
-    if path.is_symlink() and path.parent.stat().st_mode & stat.S_IWOTH:
-        return f"{path} is a link in a directory where anybody can make one"
-    found = path.stat()
-    if not stat.S_ISDIR(found.st_mode):
-        return f"{path} is not a directory"
-    if found.st_uid not in (os.geteuid(), 0):
-        return f"{path} belongs to another user (uid {found.st_uid})"
-    return f"{path} can be written by anybody" if found.st_mode & stat.S_IWOTH else None
-
-
 def manifest(entry: Path) -> dict[str, Any] | None:
     """What the entry says about itself; None where it is absent or does not hold the library it describes."""
     try:
@@ -191,7 +165,7 @@ def build(recipe: Recipe, *, force: bool = False) -> Path:
                 refused.append(reason)
                 continue
             workplace = Path(tempfile.mkdtemp(prefix=".build-", dir=directory))
-            with _locked(directory / f".{recipe.name}.lock"):
+            with locked(directory / f".{recipe.name}.lock"):
                 return _build_in(directory, workplace, recipe, compiler, force)
         except OSError as error:
             refused.append(f"{directory}: {error.strerror}")
@@ -240,7 +214,7 @@ def _build_in(directory: Path, workplace: Path, recipe: Recipe, compiler: Compil
     entry = directory / _entry_name(recipe, recipe.key(), compiler)
     if not force and manifest(entry):
         return entry / recipe.library
-    _sweep(directory)
+    sweep(directory)
     tools = " and ".join(filter(None, (recipe.toolkit, str(compiler))))
     print(
         f"Building pyfastlora's {recipe.name} with {tools}, once, into {entry}; FASTLORA_JIT=0 skips it",
@@ -323,25 +297,3 @@ def _remedy(failed: Compiler | None) -> str:
 def _entry_name(recipe: Recipe, key: str, compiler: Compiler) -> str:
     made_by = "\n".join((compiler.version, *recipe.archs))
     return f"{recipe.name}-{key}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some network file systems have no locks. Then two may compile, and the rename keeps one result.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what killed builds left behind, once nothing can still be using it."""
-    for left in directory.glob(".build-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > ABANDONED:
-                shutil.rmtree(left)

@@ -36,7 +36,7 @@ def table(output: str, title: str) -> dict[str, str]:
     [
         ("trian", "Error: no verb 'trian'; did you mean `fastlora train`?"),
         ("buidl", "Error: no verb 'buidl'; did you mean `fastlora build`?"),
-        ("xyz", "Error: no verb 'xyz'; there are train, schema, quickstart, build, tune, info."),
+        ("xyz", "Error: no verb 'xyz'; there are train, preprocess, schema, quickstart, build, tune, info."),
     ],
 )
 def test_a_mistyped_verb(typed, said):

@@ -221,7 +221,7 @@ def test_several_mistakes_are_told_together(place):
     place.add("lora_r: 0\nmicro_batchsize: 2")
     assert place.run().stderr == (
         "Error: cfg.yaml:11:1: lora_r must be greater than 0; got 0\n"
-        "cfg.yaml:12:1: micro_batchsize: unknown key; did you mean micro_batch_size?\n"
+        "cfg.yaml:12:1: micro_batchsize: unknown key; did you mean micro_batch_size? (optimisation keys)\n"
     )
 
 
@@ -353,7 +353,7 @@ def test_a_negative_number_is_a_value() -> None:
 def test_schema_of_all_keys_and_of_one() -> None:
     whole = json.loads(CliRunner().invoke(schema, []).stdout)
     assert {"base_model", "lora_r", "datasets"} <= set(whole["properties"])
-    assert whole["required"] == ["base_model", "adapter", "datasets", "learning_rate"]
+    assert whole["required"] == ["base_model", "datasets", "learning_rate"]
     one = json.loads(CliRunner().invoke(schema, ["--field", "lora_r"]).stdout)
     assert one == whole["properties"]["lora_r"] and one["exclusiveMinimum"] == 0
     wrong = CliRunner().invoke(schema, ["--field", "lora_rr"])

@@ -14,7 +14,7 @@ from pyfastlora.cli.main import VERBS
 
 PACKAGE = Path(pyfastlora.__file__).parent
 FLOORS = ("kernels_triton", "ops", "weights", "fused", "patching", "auto", "trainer", "cli")
-BELOW = ("_jit", "host")  # modules under every floor
+BELOW = ("_cache", "_jit", "host")  # modules under every floor
 ALLOWED_FOR_HELP = {"click", "pyfastlora"}
 
 

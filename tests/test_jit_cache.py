@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pyfastlora import _jit
+from pyfastlora import _cache, _jit
 
 COMPILER = _jit.Compiler(("c++",), "c++ 12.2")
 
@@ -106,7 +106,7 @@ def test_libraries_of_others_are_not_loaded(recipe, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: library.stat().st_uid + 1)
     if library.stat().st_uid:
         assert list(_jit.find(recipe, COMPILER)) == []
-        assert "belongs to another user" in (_jit.distrust(library.parent) or "")
+        assert "belongs to another user" in (_cache.distrust(library.parent) or "")
     else:
         assert list(_jit.find(recipe, COMPILER)) == [library]  # root's
 
@@ -117,7 +117,7 @@ def test_a_directory_of_another_user_is_not_used(recipe):
     if os.geteuid() != 0:
         pytest.skip("needs root, to give a directory away")
     os.chown(cache, 65534, 65534)
-    assert _jit.build(recipe).parent.parent == _jit.cache_dirs()[1]
+    assert _jit.build(recipe).parent.parent == _cache.cache_dirs()[1]
 
 
 def test_a_link_in_a_shared_directory_is_not_followed(recipe, tmp_path):
@@ -133,11 +133,11 @@ def test_cache_directories(monkeypatch, tmp_path):
     monkeypatch.delenv("FASTLORA_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _jit.cache_dirs()[0] == tmp_path / ".cache" / "pyfastlora"
+    assert _cache.cache_dirs()[0] == tmp_path / ".cache" / "pyfastlora"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert _jit.cache_dirs()[0] == tmp_path / "xdg" / "pyfastlora"
+    assert _cache.cache_dirs()[0] == tmp_path / "xdg" / "pyfastlora"
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "named"))
-    assert _jit.cache_dirs()[0] == tmp_path / "named"
+    assert _cache.cache_dirs()[0] == tmp_path / "named"
 
 
 def test_a_library_that_does_not_load_says_so(recipe):

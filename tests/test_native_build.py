@@ -18,7 +18,7 @@ import psutil
 import pytest
 import small_library
 
-from pyfastlora import _jit
+from pyfastlora import _cache, _jit
 
 PROLOGUE = """
 import sys
@@ -151,7 +151,7 @@ def test_what_killed_builds_leave_is_swept(machine):
     old, young = machine.cache / ".build-old", machine.cache / ".build-young"
     old.mkdir()
     young.mkdir()
-    os.utime(old, (time.time() - 2 * _jit.ABANDONED,) * 2)
+    os.utime(old, (time.time() - 2 * _cache.ABANDONED,) * 2)
     machine.run(USE)
     assert not old.exists() and young.exists()
 

@@ -71,7 +71,7 @@ def _cpu() -> list[tuple[str, str]]:
 def _compiled() -> list[tuple[str, str]]:
     import torch
 
-    from pyfastlora import _jit, host
+    from pyfastlora import _cache, _jit, host
     from pyfastlora.ops import _native, _native_gpu
 
     rows = []
@@ -89,16 +89,16 @@ def _compiled() -> list[tuple[str, str]]:
     rows.append(
         ("hipcc" if hip else "nvcc", f"{toolkit.version}, {toolkit.command}" if toolkit else "not found")
     )
-    return [*rows, ("cache", _cache(_jit.cache_dirs()))]
+    return [*rows, ("cache", _cache_row(_cache.cache_dirs()))]
 
 
-def _cache(candidates: list[Path]) -> str:
-    from pyfastlora import _jit
+def _cache_row(candidates: list[Path]) -> str:
+    from pyfastlora import _cache
 
     refused: list[str] = []
     for directory in candidates:
         exists = next(path for path in (directory, *directory.parents) if path.exists())
-        reason = _jit.distrust(directory) if exists == directory else None
+        reason = _cache.distrust(directory) if exists == directory else None
         if reason is None and not (exists.is_dir() and os.access(exists, os.W_OK)):
             reason = f"{exists} cannot be written"
         if reason is None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import pyfastlora
-from pyfastlora import _jit, ops
+from pyfastlora import _cache, ops
 
 Config = dict[str, int]
 Seconds = Callable[[Sequence[Config]], list[float]]
@@ -188,10 +188,10 @@ def write(found: Finding, arch: str) -> Path:
         found.config
     )
     refused = []
-    for directory in _jit.cache_dirs():
+    for directory in _cache.cache_dirs():
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if reason := _jit.distrust(directory):
+            if reason := _cache.distrust(directory):
                 refused.append(reason)
                 continue
             with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:

@@ -5,7 +5,7 @@ Bars are for people; where output is piped, the same facts come as lines, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -46,6 +46,12 @@ class Console:
         """Prints a heading."""
         self.say()
         self.say(text, style="bold")
+
+    def coloured(self, stretches: Iterable[tuple[str, str]]) -> None:
+        """Prints stretches of text one behind the other, each in its style."""
+        from rich.text import Text
+
+        self._rich.print(Text.assemble(*stretches))
 
     @contextmanager
     def bar(self, title: str, total: float | None, unit: str = "") -> Iterator[Bar]:

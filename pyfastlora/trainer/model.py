@@ -34,7 +34,7 @@ def check_packages(config: Config) -> None:
         raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
 
 
-def check_base_model(config: Config) -> None:
+def check_base_model(config: Config, weights: bool = True) -> None:
     """Raises UserError where base_model is plainly not there or has no weights, before anything is loaded."""
     name, folder = config.base_model, Path(os.path.expanduser(config.base_model))
     if not folder.exists():
@@ -45,7 +45,7 @@ def check_base_model(config: Config) -> None:
         raise UserError(f"base_model: {name} is a file; give the folder that holds the model")
     if not (folder / "config.json").is_file():
         raise UserError(f"base_model: {name} has no config.json; it holds {_listing(folder)}")
-    if not any(f for pattern in WEIGHT_FILES for f in folder.glob(pattern)):
+    if weights and not any(f for pattern in WEIGHT_FILES for f in folder.glob(pattern)):
         raise UserError(
             f"base_model: {name} has no weights (model.safetensors or pytorch_model.bin); "
             f"it holds {_listing(folder)}"

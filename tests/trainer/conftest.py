@@ -69,6 +69,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callabl
     return folder
 
 
+@pytest.fixture(autouse=True)
+def prepared_data_in_a_folder_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the user's cache, where kernels stay."""
+    from pyfastlora.trainer.data import store
+
+    real = store.folders
+
+    def folders(config: Any) -> list[Path]:
+        return real(config) if config.dataset_prepared_path else [tmp_path / "prepared_data"]
+
+    monkeypatch.setattr(store, "folders", folders)
+
+
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     """write_jsonl(rows, name="data.jsonl"): one line per row; a row that is text is written as it is."""

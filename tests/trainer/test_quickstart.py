@@ -60,7 +60,7 @@ def library(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(base_model, "cache_dirs", lambda: [tmp_path / "cache"])
+    monkeypatch.setattr(base_model._cache, "cache_dirs", lambda: [tmp_path / "cache"])
     return tmp_path / "cache"
 
 
@@ -118,7 +118,7 @@ def test_a_base_of_all_steps_is_the_same_every_time(cache, tmp_path, monkeypatch
 
     weights = []
     for name in ("one", "two"):
-        monkeypatch.setattr(base_model, "cache_dirs", lambda name=name: [tmp_path / name])
+        monkeypatch.setattr(base_model._cache, "cache_dirs", lambda name=name: [tmp_path / name])
         folder = base_model.obtain(TINY, ["def f(x): return x\n" * 50] * 20, quiet())
         weights.append(load_file(folder / "model.safetensors"))
     assert all(weights[0][k].equal(weights[1][k]) for k in weights[0])
@@ -142,31 +142,31 @@ def test_an_interrupted_base_leaves_nothing(cache, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_swept_a_day_later(cache):
-    for name, age in ((".quickstart-old.x", 90_000), (".quickstart-new.x", 60)):
+    for name, age in ((".build-old", 90_000), (".build-new", 60)):
         (cache / name).mkdir(parents=True)
         os.utime(cache / name, (time.time() - age,) * 2)
     base = base_model.obtain(TINY, ["def f(x): return x\n" * 50] * 20, quiet())
-    assert {p.name for p in cache.iterdir()} == {base.name, ".quickstart-new.x"}
+    assert {p.name for p in cache.iterdir()} == {base.name, ".build-new"}
 
 
 def test_of_two_bases_that_finish_at_once_the_first_stays(cache, monkeypatch):
     entry = cache / TINY.cache_name()
 
     def overtaken(recipe, texts, folder, console):
-        (folder / "config.json").write_text("second")
+        (folder / "recipe.json").write_text("second")
         entry.mkdir()
-        (entry / "config.json").write_text("first")
+        (entry / "recipe.json").write_text("first")
 
     monkeypatch.setattr(base_model, "_train", overtaken)
     assert base_model.obtain(TINY, ["text"], quiet()) == entry
-    assert (entry / "config.json").read_text() == "first" and [p.name for p in cache.iterdir()] == [
+    assert (entry / "recipe.json").read_text() == "first" and [p.name for p in cache.iterdir()] == [
         entry.name
     ]
 
 
 def test_no_place_for_a_base_is_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(base_model, "cache_dirs", lambda: [tmp_path / "file" / "cache"])
+    monkeypatch.setattr(base_model._cache, "cache_dirs", lambda: [tmp_path / "file" / "cache"])
     with pytest.raises(
         UserError, match="no folder for the base model can be written .*Not a directory.*FASTLORA_CACHE"
     ):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.config import Config, DatasetKeys
-from pyfastlora.trainer.data.registry import prompt_type
-from pyfastlora.trainer.data.sources import read_rows
-from pyfastlora.trainer.data.tokenise import Counts, Rules, tokenise
+from pyfastlora.trainer.data.store import prepared
+from pyfastlora.trainer.data.tokenise import Counts
 from pyfastlora.trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,13 +37,15 @@ class PreparedData:
 def prepare(
     config: Config, tokenizer: PreTrainedTokenizerBase, progress: Callable[[int], None] = lambda rows: None
 ) -> PreparedData:
-    """Reads, renders and tokenises every dataset; `progress` hears of every batch of rows.
+    """Every dataset read, rendered and tokenised, or found so; `progress` hears of every batch of rows.
 
     Raises DataError where data is missing, malformed or empty, or where holding out leaves nothing to train
     on.
     """
     counts: dict[str, Counts] = {}
     train = _together(config.datasets, "datasets", config, tokenizer, counts, progress)
+    if config.dataset_shard_num:
+        train = train.shard(config.dataset_shard_num, config.dataset_shard_idx, contiguous=False)
     held_out = None
     if config.test_datasets:
         held_out = _together(config.test_datasets, "test_datasets", config, tokenizer, counts, progress)
@@ -67,43 +68,33 @@ def _together(
     progress: Callable[[int], None],
 ) -> Dataset:
     import datasets
-    import pyarrow as pa
 
-    rules = Rules(
-        config.sequence_len, config.train_on_inputs, config.excess_length_strategy, config.on_bad_row
-    )
-    tables = []
+    parts = []
     for i, entry in enumerate(entries):
-        key, count = f"{section}[{i}]", Counts()
-        for table in tokenise(read_rows(entry, key), prompt_type(entry, tokenizer), tokenizer, rules, count):
-            tables.append(table)
-            progress(count.rows)
-        counts[f"{key} {entry.path}"] = count
-        if not count.rows:
-            raise DataError(f"{key}.path: {entry.path} has no rows")
-        if not count.samples:
-            raise DataError(f"{key}.path: {entry.path}: {_why_nothing_left(count, config.sequence_len)}")
-    return datasets.Dataset(pa.concat_tables(tables))
+        key = f"{section}[{i}]"
+        data, counts[f"{key} {entry.path}"] = prepared(entry, key, config, tokenizer, progress)
+        parts += _weighted(data, entry.weight, config.seed)
+    return datasets.concatenate_datasets(parts)
 
 
-def _why_nothing_left(count: Counts, sequence_len: int) -> str:
-    if count.bad_rows == count.rows:
-        return f"none of {count.rows} rows fits its type; the first: {count.first_bad}"
-    if count.dropped_too_long:
-        return (
-            f"none of {count.rows} rows fits sequence_len: {sequence_len} (the longest has {count.longest} "
-            "tokens); raise sequence_len, or set excess_length_strategy: truncate"
-        )
-    return f"none of {count.rows} rows has a token to train on"
+def _weighted(data: Dataset, weight: float, seed: int) -> list[Dataset]:
+    """The samples `weight` times: whole copies, and of the rest a random part."""
+    import numpy as np
+
+    copies, rest = divmod(max(1, round(weight * len(data))), len(data))
+    chosen = np.random.default_rng(seed).permutation(len(data))[:rest]
+    return [data] * copies + ([data.select(np.sort(chosen))] if rest else [])
 
 
 def _split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    import numpy as np
+
     size = config.val_set_size
     held_out = int(size) if size >= 1 else max(1, round(size * len(data)))
     if held_out >= len(data):
         raise DataError(f"val_set_size: {size:g} of {len(data)} samples leaves nothing to train on")
-    split = data.train_test_split(test_size=held_out, seed=config.seed, keep_in_memory=True)
-    return split["train"], split["test"]
+    order = np.random.default_rng(config.seed).permutation(len(data))
+    return data.select(np.sort(order[held_out:])), data.select(np.sort(order[:held_out]))
 
 
 def _line(key: str, c: dict[str, Any]) -> str:

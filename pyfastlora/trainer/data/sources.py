@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from pyfastlora.trainer.config import DatasetKeys
 from pyfastlora.trainer.errors import DataError
@@ -34,11 +37,29 @@ class NumberedRow(NamedTuple):
     values: Any
 
 
-def read_rows(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
-    """The rows of one entry of the configuration, in order, read as they are asked for.
+class Source(Protocol):
+    """Where the rows of one dataset are."""
 
-    `key` is the entry's own name, such as datasets[0]. Raises DataError where something is missing or
-    unreadable; what a row means is not looked at here.
+    def rows(self) -> Iterator[NumberedRow]:
+        """The rows, in order, read as they are asked for. Raises DataError for what cannot be read."""
+        ...
+
+    def digest(self, into: Digest) -> None:
+        """Add the content, byte for byte, and not its place or date."""
+        ...
+
+
+class Digest(Protocol):
+    """A hash of hashlib's."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+def open_source(dataset: DatasetKeys, key: str) -> Source:
+    """The source of one entry of the configuration.
+
+    `key` is the entry's own name, such as datasets[0]. Raises DataError where something is missing; what a
+    row means is not looked at here.
     """
     path = Path(os.path.expanduser(dataset.path))
     if path.is_file():
@@ -46,15 +67,67 @@ def read_rows(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
             raise DataError(
                 f"{key}.data_files: {dataset.path} is a file itself; data_files are looked up in a folder"
             )
-        return _read_file(path, dataset.ds_type, key)
+        return Files.of([path], dataset, key)
     if path.is_dir():
-        return _read_folder(path, dataset, key)
+        return Files.of(_files_in(path, dataset, key), dataset, key)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset.path) and _format_of(path) is None:
-        return _read_hub(dataset, key)
+        return _hub(dataset, key)
+    if any(c in dataset.path for c in "*?["):
+        found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
+        if found:
+            return Files.of(found, dataset, key)
+        raise DataError(f"{key}.path: {dataset.path} matches no file (looked in {Path.cwd()})")
     raise DataError(f"{key}.path: {dataset.path}: no such file or folder (looked in {Path.cwd()})")
 
 
-def _read_folder(folder: Path, dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
+def read_rows(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
+    """The rows of one entry that belong to its shard."""
+    rows = open_source(dataset, key).rows()
+    return itertools.islice(rows, dataset.shards_idx, None, dataset.shards or 1)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files, each with its format, in order."""
+
+    files: tuple[tuple[Path, str], ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], dataset: DatasetKeys, key: str) -> Files:
+        """Raises DataError for a file whose format is not known."""
+        return cls(tuple((path, _kind(path, dataset.ds_type, key)) for path in paths))
+
+    def rows(self) -> Iterator[NumberedRow]:
+        for path, kind in self.files:
+            yield from _guarded(_READERS[kind], path)
+
+    def digest(self, into: Digest) -> None:
+        for path, kind in self.files:
+            try:
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+            packed = path.suffix.lower() == ".gz"
+            into.update(f"{kind} {packed} ".encode() + content)
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """A dataset of the hub, downloaded."""
+
+    name: str
+    data: Any
+
+    def rows(self) -> Iterator[NumberedRow]:
+        return (NumberedRow(f"{self.name}, row {i}", row) for i, row in enumerate(self.data, 1))
+
+    def digest(self, into: Digest) -> None:
+        for row in self.data:
+            into.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+
+
+def _files_in(folder: Path, dataset: DatasetKeys, key: str) -> list[Path]:
     wanted = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
     if wanted:
         files: list[Path] = []
@@ -67,10 +140,10 @@ def _read_folder(folder: Path, dataset: DatasetKeys, key: str) -> Iterator[Numbe
         files = sorted(f for f in folder.rglob("*") if f.is_file() and _format_of(f))
     if not files:
         raise DataError(f"{key}.path: {folder} holds no {', '.join(_FORMATS)} file")
-    return (row for file in files for row in _read_file(file, dataset.ds_type, key))
+    return files
 
 
-def _read_hub(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
+def _hub(dataset: DatasetKeys, key: str) -> HubRows:
     import datasets
 
     try:
@@ -86,7 +159,7 @@ def _read_hub(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
         raise DataError(
             f"{key}.path: {dataset.path} is no file or folder here, and the hub did not give it: {reason}"
         ) from error
-    return (NumberedRow(f"{dataset.path}, row {i}", row) for i, row in enumerate(rows, 1))
+    return HubRows(dataset.path, rows)
 
 
 def _format_of(path: Path) -> str | None:
@@ -96,14 +169,14 @@ def _format_of(path: Path) -> str | None:
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _read_file(path: Path, ds_type: str | None, key: str) -> Iterator[NumberedRow]:
+def _kind(path: Path, ds_type: str | None, key: str) -> str:
     kind = ds_type or _format_of(path)
     if kind is None:
         raise DataError(
             f"{key}.path: {path}: the name does not tell its format; "
             f"rename it to end in one of {', '.join(_FORMATS)}, or set ds_type"
         )
-    return _guarded(_READERS[kind], path)
+    return kind
 
 
 def _guarded(reader: Callable[[Path], Iterator[NumberedRow]], path: Path) -> Iterator[NumberedRow]:

@@ -171,6 +171,14 @@ def _fit(
             yield input_ids[part], labels[part]
 
 
+def schema() -> pyarrow.Schema:
+    """Of the tables."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    return pa.schema([("input_ids", ids), ("labels", ids), ("length", pa.int32())])
+
+
 def _table(samples: Sequence[tuple[list[int], list[int]]], counts: Counts) -> pyarrow.Table:
     import numpy as np
     import pyarrow as pa
@@ -189,4 +197,4 @@ def _table(samples: Sequence[tuple[list[int], list[int]]], counts: Counts) -> py
     counts.samples += len(samples)
     counts.tokens += int(offsets[-1])
     counts.trained_tokens += int((flat_labels != IGNORED).sum())
-    return pa.table({"input_ids": input_ids, "labels": labels, "length": lengths})
+    return pa.table({"input_ids": input_ids, "labels": labels, "length": lengths}, schema())

@@ -11,19 +11,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyfastlora._jit import cache_dirs
+from pyfastlora import _cache
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import UserError
 
@@ -33,6 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE_VERSION = 1  # raise it when anything here changes what is trained
 BOS, EOS = "<s>", "</s>"
+MARKER = "recipe.json"  # written last
 
 
 @dataclass(frozen=True)
@@ -57,44 +54,23 @@ class Recipe:
 
 def obtain(recipe: Recipe, texts: Sequence[str], console: Console) -> Path:
     """The folder of the base model: from the cache, or trained on texts now and put there."""
-    name = recipe.cache_name()
-    for cache in cache_dirs():
-        _sweep(cache)
-        if (cache / name / "config.json").is_file():
-            console.say(f"base model: {cache / name} (trained before; delete the folder to train it again)")
-            return cache / name
-    refused = []
-    for cache in cache_dirs():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            staged = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=cache))
-        except OSError as error:
-            refused.append(f"{cache}: {error.strerror}")
-            continue
-        try:
-            _train(recipe, texts, staged, console)
-            return _publish(staged, cache / name)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    raise UserError(f"no folder for the base model can be written ({'; '.join(refused)}); set FASTLORA_CACHE")
+    name, caches = recipe.cache_name(), _cache.cache_dirs()
+    made = False
 
+    def make(folder: Path) -> None:
+        nonlocal made
+        made = True
+        _train(recipe, texts, folder, console)
 
-def _publish(staged: Path, entry: Path) -> Path:
-    """Renames the finished folder to its name; of two that finish at once, the first one stays."""
     try:
-        os.rename(staged, entry)
-    except OSError:
-        if not (entry / "config.json").is_file():
-            raise
-    return entry
-
-
-def _sweep(cache: Path) -> None:
-    """Removes what a run that was killed left behind; a day later it is certainly not being written."""
-    for staged in cache.glob(".quickstart-*"):
-        with suppress(OSError):
-            if time.time() - staged.stat().st_mtime > 86400:
-                shutil.rmtree(staged, ignore_errors=True)
+        folder = _cache.obtain(caches, name, MARKER, make)
+    except _cache.UnwritableError as error:
+        raise UserError(
+            f"no folder for the base model can be written ({error}); set FASTLORA_CACHE"
+        ) from None
+    if not made:
+        console.say(f"base model: {folder} (trained before; delete the folder to train it again)")
+    return folder
 
 
 def _train(recipe: Recipe, texts: Sequence[str], folder: Path, console: Console) -> None:
@@ -107,7 +83,7 @@ def _train(recipe: Recipe, texts: Sequence[str], folder: Path, console: Console)
     model, facts = _train_llama(recipe, tokens, device, has_fast_bf16(device), console)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "recipe.json").write_text(json.dumps({**dataclasses.asdict(recipe), **facts}, indent=2))
+    (folder / MARKER).write_text(json.dumps({**dataclasses.asdict(recipe), **facts}, indent=2))
 
 
 def _train_tokenizer(recipe: Recipe, texts: Sequence[str], console: Console) -> PreTrainedTokenizerFast:
