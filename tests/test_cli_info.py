@@ -14,12 +14,16 @@ import torch
 from click.testing import CliRunner
 
 from pyfastlora import _jit
-from pyfastlora.cli.main import main
+from pyfastlora.cli.main import VERBS, main
 from pyfastlora.ops import _native, _native_gpu, all_ops
 
 
 def fastlora(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from pyfastlora.cli.main import main; main(prog_name='fastlora')"]
+    command = [
+        sys.executable,
+        "-c",
+        "from pyfastlora.cli.main import main; main(prog_name='fastlora')",
+    ]
     return subprocess.run([*command, *arguments], env=os.environ | env, capture_output=True, text=True)
 
 
@@ -36,7 +40,10 @@ def table(output: str, title: str) -> dict[str, str]:
     [
         ("trian", "Error: no verb 'trian'; did you mean `fastlora train`?"),
         ("buidl", "Error: no verb 'buidl'; did you mean `fastlora build`?"),
-        ("xyz", "Error: no verb 'xyz'; there are train, preprocess, schema, quickstart, build, tune, info."),
+        (
+            "xyz",
+            f"Error: no verb 'xyz'; there are {', '.join(VERBS)}.",
+        ),
     ],
 )
 def test_a_mistyped_verb(typed, said):

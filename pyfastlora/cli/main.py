@@ -12,6 +12,7 @@ from pyfastlora import __version__
 # Each name is also that of the module pyfastlora.cli.<verb> and of the command in it.
 VERBS = {
     "train": "Train an adapter as a YAML file describes it.",
+    "doctor": "Check a YAML file and all it names before anything is loaded.",
     "preprocess": "Prepare the data of a YAML file, and say what it is like.",
     "schema": "Print the keys of a configuration as a JSON schema.",
     "quickstart": "See it work: a small model, real text, a few minutes.",

@@ -23,3 +23,7 @@ class DataError(UserError):
     """A dataset is missing, empty or not what its type needs. Exit code 3."""
 
     exit_code = 3
+
+
+class HubError(DataError):
+    """The Hugging Face hub did not give a dataset."""

@@ -65,7 +65,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{key}: no tokenizer can be loaded from {source}: {_first_line(error)}") from error
+        raise UserError(f"{key}: no tokenizer can be loaded from {source}: {first_line(error)}") from error
     special = {role: token for role, token in config.special_tokens.model_dump().items() if token is not None}
     if special:
         tokenizer.add_special_tokens(special)
@@ -91,7 +91,7 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"base_model: {config.base_model} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"base_model: {config.base_model} cannot be loaded: {first_line(error)}") from error
     if config.bits == 4 and device.type == "cpu":
         _make_4bit_trainable_on_cpu(model, config.base_model)
     model.config.use_cache = False
@@ -176,14 +176,21 @@ def _make_4bit_trainable_on_cpu(model: nn.Module, name: str) -> None:
     """Keeps bitsandbytes from repacking weights when it evaluates: a repacked base passes no gradient on."""
     import bitsandbytes as bnb
 
-    for path, module in model.named_modules():
+    check_4bit_widths(model, name, bnb.nn.Linear4bit)
+    for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            if module.in_features % CPU_4BIT_WIDTH:
-                raise UserError(
-                    f"base_model: on a CPU, 4-bit weights need inputs in multiples of {CPU_4BIT_WIDTH}; "
-                    f"{path} of {name} has {module.in_features}: use adapter: lora"
-                )
             module.support_avx512bf16_for_cpu = False
+
+
+def check_4bit_widths(model: nn.Module, name: str, kind: type[nn.Linear] = nn.Linear) -> None:
+    """Raises UserError for linears that bitsandbytes cannot read in 4 bits on a CPU; the head stays dense."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for path, module in model.named_modules():
+        if isinstance(module, kind) and module is not head and module.in_features % CPU_4BIT_WIDTH:
+            raise UserError(
+                f"base_model: on a CPU, 4-bit weights need inputs in multiples of {CPU_4BIT_WIDTH}; "
+                f"{path} of {name} has {module.in_features}: use adapter: lora"
+            )
 
 
 def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,6 +244,7 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, short."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].strip()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from pyfastlora.trainer.config import DatasetKeys
-from pyfastlora.trainer.errors import DataError
+from pyfastlora.trainer.errors import DataError, HubError
 
 _FORMATS = {
     ".json": "json",
@@ -156,7 +156,7 @@ def _hub(dataset: DatasetKeys, key: str) -> HubRows:
         )
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
+        raise HubError(
             f"{key}.path: {dataset.path} is no file or folder here, and the hub did not give it: {reason}"
         ) from error
     return HubRows(dataset.path, rows)
