@@ -9,11 +9,12 @@ import click
 
 from pyfastlora import __version__
 
-# Each name is also that of the module pyfastlora.cli.<verb> and of the command in it.
+# Each name, with _ for -, is also that of the module pyfastlora.cli.<verb> and of the command in it.
 VERBS = {
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
     "preprocess": "Prepare the data of a YAML file, and say what it is like.",
+    "convert-config": "Make a file of Axolotl's one of ours.",
     "schema": "Print the keys of a configuration as a JSON schema.",
     "quickstart": "See it work: a small model, real text, a few minutes.",
     "build": "Compile the kernels ahead of their first use.",
@@ -29,7 +30,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command = getattr(importlib.import_module(f"pyfastlora.cli.{cmd_name}"), cmd_name)
+        name = cmd_name.replace("-", "_")
+        command = getattr(importlib.import_module(f"pyfastlora.cli.{name}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -78,7 +78,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> LoadedConfig
     lists every problem: not a file, not YAML, unknown keys, values of the wrong type, keys that contradict
     each other.
     """
-    text = _read(Path(path))
+    text = read_text(Path(path))
     values, places = _with_base(Path(path), text, ())
     reader = _Reading(str(path), values, places)
     for override in overrides:
@@ -87,25 +87,31 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> LoadedConfig
     return LoadedConfig(config, text, str(path), tuple(reader.notes))
 
 
+def check_text(text: str, name: str) -> None:
+    """Raises ConfigError unless `text` is the configuration of a job; `name` is its file."""
+    values, places = _with_base(Path(name), text, ())
+    _Reading(name, values, places).config()
+
+
 def _with_base(path: Path, text: str, within: tuple[Path, ...]) -> tuple[dict[str, Any], Places]:
     """The values of a file over those of its base_config, and where each was written."""
     located = yaml_lines.parse(text, str(path))
     values, places = {} if located.values is None else located.values, dict(located.places)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values; got {_show(values)}")
+        raise ConfigError(f"{path}: must be a mapping of keys to values; got {show(values)}")
     base = values.pop(BASE, None)
     if base is None:
         return values, places
     at = places[(BASE,)]
     if not isinstance(base, str):
-        raise ConfigError(f"{at}: {BASE} must be the name of a file; got {_show(base)}")
+        raise ConfigError(f"{at}: {BASE} must be the name of a file; got {show(base)}")
     other = path.parent / os.path.expanduser(base)
     chain = (*within, path.resolve())
     if other.resolve() in chain:
         raise ConfigError(f"{at}: {BASE}: {base} is based on this file: a circle")
     if not other.is_file():
         raise ConfigError(f"{at}: {BASE}: {other}: no such file")
-    below, below_places = _with_base(other, _read(other), chain)
+    below, below_places = _with_base(other, read_text(other), chain)
     kept = {k: v for k, v in below_places.items() if not _replaced(k, below, values)}
     return _joined(below, values), kept | places
 
@@ -129,7 +135,8 @@ def _replaced(path: yaml_lines.Path, below: Any, above: Any) -> bool:
     return True
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError where there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -222,13 +229,13 @@ class _Reading:
             if isinstance(fate, Note):
                 self.notes.append(f"{_spell(path)}: {fate.sentence}")
             elif isinstance(fate, Refusal):
-                self.problem(path, f"{_spell(path)}: {_show(value)} cannot be had: {fate.sentence}")
+                self.problem(path, f"{_spell(path)}: {show(value)} cannot be had: {fate.sentence}")
             elif not is_off(values.get(fate.key)):
                 self.problem(path, f"{key} and {fate.key} say the same in two ways; keep {fate.key}")
             else:
                 values[fate.key] = fate.value_of(value)
                 self.places[(*at, fate.key)] = self.places.get(path, yaml_lines.Place(0, 0, "--set"))
-                self.notes.append(f"{_spell(path)}: read as {fate.key}: {_show(values[fate.key])}")
+                self.notes.append(f"{_spell(path)}: read as {fate.key}: {show(values[fate.key])}")
 
     def _drop_blank_keys(self) -> None:
         for key in [k for k, v in self.values.items() if v is None and k in Config.model_fields]:
@@ -278,7 +285,7 @@ class _Reading:
             wanted = _wanted(path, error)
             allowed = re.findall(r"\w+", wanted) if kind == "literal_error" else []
             hint = _suggest(str(error["input"]), allowed)
-            self.problem(path, f"{key} must be {wanted}; got {_show(error['input'])}{hint}")
+            self.problem(path, f"{key} must be {wanted}; got {show(error['input'])}{hint}")
 
     def _conflict(self, keys: tuple[str, ...], sentence: str) -> None:
         path = next((p for k in keys if (p := _parse_path(k)) and self.where(p)[1] != self.name), ())
@@ -392,7 +399,7 @@ def _suggest(found: str, known: Iterable[str], *, in_config: bool = False) -> st
     return f"; did you mean {close[0]}?{section}"
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value as it stands in YAML, short."""
     if isinstance(value, bool):
         return "true" if value else "false"

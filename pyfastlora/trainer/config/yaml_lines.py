@@ -99,6 +99,13 @@ def parse(text: str, name: str) -> LocatedValues:
     return LocatedValues(values, reader.places)
 
 
+def compose(text: str) -> yaml.Node:
+    """The nodes of one YAML document that `parse` has taken, with their marks in the text."""
+    node = _Loader(text).get_single_node()
+    assert node is not None
+    return node
+
+
 def parse_scalar(text: str, name: str) -> Any:
     """One value as it would be read behind `key:` in a file; `name` says where it came from."""
     return parse(text, name).values
