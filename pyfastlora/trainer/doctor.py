@@ -6,6 +6,7 @@ needs what an earlier one could not get is left out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -100,9 +101,10 @@ def _checks(loaded: LoadedConfig) -> Iterator[tuple[str, Check]]:
     yield "tokenizer", _tokenizer
     yield "adapter", _adapter
     yield "disk", _disk
-    for section in ("datasets", "test_datasets"):
-        for i, entry in enumerate(getattr(loaded.config, section)):
+    for section in ("datasets", "pretraining_dataset", "test_datasets"):
+        for i, given in enumerate(getattr(loaded.config, section)):
             key = f"{section}[{i}]"
+            entry = given.as_dataset() if section == "pretraining_dataset" else given
             yield key, functools.partial(_data, key=key, entry=entry)
     yield "test_datasets", _held_out
 
@@ -254,7 +256,7 @@ def _data(patient: Patient, key: str, entry: DatasetKeys) -> Iterator[Finding]:
 
     config, counts = patient.config, Counts()
     try:
-        rows = list(itertools.islice(read_rows(entry, key), ROWS))
+        rows = list(itertools.islice(read_rows(entry, key, streaming=True), ROWS))
     except HubError:
         yield Finding("warning", key, f"{entry.path} {_NOT_HERE}")
         return
@@ -266,7 +268,7 @@ def _data(patient: Patient, key: str, entry: DatasetKeys) -> Iterator[Finding]:
         yield Finding("note", key, f"{entry.path} has rows with {fields}; no tokenizer to look further")
         return
     kind = prompt_type(config.with_template(entry), patient.tokenizer)
-    rules = Rules(config.sequence_len, config.train_on_inputs, "truncate", config.on_bad_row)
+    rules = dataclasses.replace(Rules.of(config), excess_length_strategy="truncate")
     for _ in tokenise(rows, kind, patient.tokenizer, rules, counts):
         pass
     seen = f"of the first {counts.rows} rows of {entry.path}"

@@ -101,6 +101,10 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         trainer.train()
         if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
+    if config.pretraining_dataset:  # what was read is known now
+        run_dir.write_json("data.json", data.report)
+        for line in data.lines()[:-1]:
+            console.say(line)
     models.save(model, run_dir.path)
     tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:
@@ -148,15 +152,19 @@ def _keeps_apart(
 
 
 def _packed(data: PreparedData, config: Config, console: Console) -> PreparedData:
+    from pyfastlora.trainer.data.stream import Stream
     from pyfastlora.trainer.packing import PackedRows
 
-    train = PackedRows.of(data.train, config.sequence_len, config.seed)
-    console.say(f"packed: {train.packing}")
-    report = data.report | {"packing": train.packing.to_dict()}
     held_out = data.held_out
     if held_out is not None and config.eval_sample_packing is not False:
-        held_out = PackedRows.of(held_out, config.sequence_len, config.seed)
-    return dataclasses.replace(data, train=train, held_out=held_out, report=report)
+        held_out = PackedRows.of(held_out, config, config.seed)
+    if isinstance(data.train, Stream):
+        console.say(f"packed: {config.streaming_multipack_buffer_size} samples at a time")
+        data.train.packed = True
+        return dataclasses.replace(data, held_out=held_out)
+    train = PackedRows.of(data.train, config, config.seed)
+    console.say(f"packed: {train.packing}")
+    return dataclasses.replace(data, train=train, held_out=held_out, packing=train.packing)
 
 
 def _before_training(report: PatchReport | None) -> str:

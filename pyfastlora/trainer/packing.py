@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyfastlora import host
+from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.tokenise import IGNORED
 
@@ -95,9 +96,10 @@ class PackedRows(torch.utils.data.Dataset[Any]):
         self.data, self.packing = data, packing
 
     @classmethod
-    def of(cls, data: Any, capacity: int, seed: int) -> PackedRows:
-        """Rows of `capacity` tokens of a dataset with a column of lengths."""
-        return cls(data, pack(data["length"], capacity, seed=seed))
+    def of(cls, data: Any, config: Config, seed: int) -> PackedRows:
+        """Rows of sequence_len tokens of a dataset with a column of lengths."""
+        most = config.sample_packing_bin_size or 0
+        return cls(data, pack(data["length"], config.sequence_len, seed=seed, most=most))
 
     def __len__(self) -> int:
         return len(self.packing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.config.load import LoadedConfig
@@ -39,18 +41,25 @@ def preprocess(loaded: LoadedConfig, console: Console, show: int = 0, folder: st
         facts = {name: report.describe(part) for name, part in _parts(data)}
         for name, found in facts.items():
             console.say(_line(name, found))
-        train: Any = data.train
-        for i in range(min(show, len(train))):
-            _show(train[i], i, tokenizer, console)
+        for i, sample in enumerate(itertools.islice(_samples(data), show)):
+            _show(sample, i, tokenizer, console)
         if report_dir is not None:
             report_dir.path.mkdir(parents=True, exist_ok=True)
             report_dir.write_json("report.json", data.report | facts)
-            report.plot_lengths(data.train, loaded.config.sequence_len, report_dir.path / "lengths.png")
-            console.say(f"report.json and lengths.png are in {report_dir.path}")
+            for _, part in _parts(data)[:1]:
+                report.plot_lengths(part, loaded.config.sequence_len, report_dir.path / "lengths.png")
+            console.say(f"the report is in {report_dir.path}")
 
 
 def _parts(data: PreparedData) -> list[tuple[str, Any]]:
-    return [(name, part) for name, part in (("train", data.train), ("held_out", data.held_out)) if part]
+    """What is known before it is trained on."""
+    train = data.train if data.train_rows else None
+    return [(name, part) for name, part in (("train", train), ("held_out", data.held_out)) if part]
+
+
+def _samples(data: PreparedData) -> Iterator[Any]:
+    train: Any = data.train
+    return (train[i] for i in range(len(train))) if data.train_rows else iter(train)
 
 
 def _line(name: str, found: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def make_trainer(
     """A trainer ready for `.train()`; `model` is on `device` already."""
     trainer = FastloraTrainer(
         model=model,
-        args=_arguments(config, precision, device, len(data.train), data.held_out is not None),
+        args=_arguments(config, precision, device, data.train_rows, data.held_out is not None),
         data_collator=collator_of(config, pad_id),
         train_dataset=data.train,
         eval_dataset=data.held_out,
@@ -167,9 +167,9 @@ class _Steps(TrainerCallback):
 
 
 def _arguments(
-    c: Config, precision: Precision, device: torch.device, samples: int, evaluates: bool
+    c: Config, precision: Precision, device: torch.device, rows: int, evaluates: bool
 ) -> TrainingArguments:
-    steps_per_epoch = math.ceil(math.ceil(samples / c.micro_batch_size) / c.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(math.ceil(rows / c.micro_batch_size) / c.gradient_accumulation_steps)
     on_gpu = device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=c.output_dir,
@@ -203,6 +203,7 @@ def _arguments(
         dataloader_num_workers=c.dataloader_num_workers,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # a stream's batches hold more than tensors
         logging_steps=c.logging_steps,
         logging_nan_inf_filter=False,  # would replace a nan by the mean of the losses before it
         eval_on_start=c.eval_on_start,

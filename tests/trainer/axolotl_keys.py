@@ -61,7 +61,7 @@ eval_sample_packing           true                  honoured
 sample_packing_eff_est        0.9                   noted
 total_num_tokens              1000                  noted
 sample_packing_group_size     1000                  noted
-sample_packing_bin_size       200                   noted
+sample_packing_bin_size       200                   honoured
 device_map                    auto                  refused
 max_memory                    {cpu: 20GiB}          refused
 adapter                       lora                  honoured
@@ -162,7 +162,7 @@ ddp_timeout                   600                   refused
 ddp_bucket_cap_mb             25                    refused
 ddp_broadcast_buffers         true                  refused
 torchdistx_path               ./x                   refused
-pretraining_dataset           me/text               refused
+pretraining_dataset           me/text               honoured
 debug                         true                  noted
 seed                          1                     honoured
 strict                        true                  honoured
@@ -188,6 +188,10 @@ peft_init_lora_weights        pissa                 refused
 peft_layer_replication        [[0, 4]]              refused
 loraplus_lr_ratio             16                    refused
 loraplus_lr_embedding         1e-6                  refused
+streaming                     true                  noted
+streaming_multipack_buffer_size 5000                honoured
+pretrain_multipack_buffer_size 5000                 translated streaming_multipack_buffer_size
+pretrain_multipack_attn       true                  noted
 lora_mlp_kernel               true                  noted
 lora_qkv_kernel               true                  noted
 lora_o_kernel                 true                  noted

@@ -147,6 +147,34 @@ def test_one_mistake(mistakes, extra, sentence):
     assert len(found) == 1 and sentence in found[0]
 
 
+STREAM = GOOD.replace("datasets:\n  - path: data.jsonl\n    type: alpaca", "pretraining_dataset: a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (STREAM, "cfg.yaml:2:1: max_steps is needed with pretraining_dataset, which is read as it is needed"),
+        (
+            STREAM + "max_steps: 5\nval_set_size: 0.1",
+            "cfg.yaml:7:1: val_set_size does not go with pretrain",
+        ),
+        (STREAM + "max_steps: 5\nsaves_per_epoch: 2", "which is read as it is needed; say save_steps"),
+        (STREAM + "max_steps: 5\ndatasets: [{path: a}]", "are both trained on; keep one"),
+        (STREAM.replace("a.jsonl", "[{path: a, text_colum: b}]"), "unknown key; did you mean text_column?"),
+        (STREAM.replace("a.jsonl", "[]"), "nothing to train on; give datasets, or text as pretraining_data"),
+    ],
+)
+def test_mistakes_about_streams(mistakes, text, sentence):
+    found = mistakes(text + "\n")
+    assert len(found) == 1 and sentence in found[0], found
+
+
+def test_a_stream_is_a_path_an_entry_or_a_list(load):
+    for written in ("a.jsonl", "{path: a.jsonl}", "[{path: a.jsonl}]"):
+        config = load(STREAM.replace("a.jsonl", written) + "max_steps: 5\n").config
+        assert [entry.path for entry in config.pretraining_dataset] == ["a.jsonl"]
+
+
 def test_4bit_contradiction_names_both_keys(mistakes):
     text = GOOD.replace("adapter: lora", "adapter: qlora") + "load_in_4bit: false\n"
     assert mistakes(text)[0].startswith(

@@ -7,8 +7,8 @@ The schema is flat, as the file is; a module here has the keys of one subject, r
 keys. load.py reads files and words the errors, reference.py prints the pages.
 """
 
-from pyfastlora.trainer.config.data import DatasetKeys, TemplateKeys
+from pyfastlora.trainer.config.data import DatasetKeys, SourceKeys, TemplateKeys
 from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS
 from pyfastlora.trainer.config.schema import Config
 
-__all__ = ["BNB_OPTIMIZERS", "Config", "DatasetKeys", "TemplateKeys"]
+__all__ = ["BNB_OPTIMIZERS", "Config", "DatasetKeys", "SourceKeys", "TemplateKeys"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from pyfastlora.trainer.config.values import Float, Int, Keys
 from pyfastlora.trainer.data import template
@@ -47,14 +47,10 @@ NameOrTemplate = Annotated[
 ChatTemplate = Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"]
 
 
-class DatasetKeys(Keys):
-    """One entry of datasets or test_datasets."""
+class SourceKeys(Keys):
+    """Where rows are."""
 
     path: str = Field(description="a file, a folder, or a dataset on the Hugging Face hub (owner/name)")
-    type: NameOrTemplate | None = Field(
-        None, description="how a row becomes text: a name, or a template; without it rows are token ids"
-    )
-    field: str | None = Field(None, description="completion: the field that holds the text (default: text)")
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(
         None, description="the format of the files, where their names do not tell"
     )
@@ -62,6 +58,15 @@ class DatasetKeys(Keys):
     name: str | None = Field(None, description="hub: the configuration of the dataset")
     split: str = Field("train", description="hub: the split")
     revision: str | None = Field(None, description="hub: branch, tag or commit")
+
+
+class DatasetKeys(SourceKeys):
+    """One entry of datasets or test_datasets."""
+
+    type: NameOrTemplate | None = Field(
+        None, description="how a row becomes text: a name, or a template; without it rows are token ids"
+    )
+    field: str | None = Field(None, description="completion: the field that holds the text (default: text)")
     shards: Int | None = Field(None, gt=0, description="take every so-manieth row")
     shards_idx: Int = Field(0, ge=0, description="which of the shards, from 0")
     weight: Float = Field(
@@ -97,10 +102,36 @@ class DatasetKeys(Keys):
         return value
 
 
+class PretrainingKeys(SourceKeys):
+    """One entry of pretraining_dataset: text, trained on from its first token to its last."""
+
+    type: Literal["pretrain", "completion"] = Field("pretrain", description="both mean plain text")
+    text_column: str = Field("text", description="the field that holds the text")
+    skip: Int = Field(0, ge=0, description="rows left out at the start")
+
+    def as_dataset(self) -> DatasetKeys:
+        """The entry of datasets that has the same samples."""
+        source = {key: getattr(self, key) for key in SourceKeys.model_fields}
+        return DatasetKeys(**source, type="completion", field=self.text_column)
+
+
+def _as_list(value: Any) -> Any:
+    """A path alone, or one entry alone, is a list of one."""
+    if isinstance(value, str):
+        return [{"path": value}]
+    return [value] if isinstance(value, dict) else value
+
+
 class DataKeys(Keys):
     """What is trained on and what is held out."""
 
-    datasets: list[DatasetKeys] = Field(min_length=1, description="trained on together, shuffled")
+    datasets: list[DatasetKeys] = Field([], description="trained on together, shuffled")
+    pretraining_dataset: Annotated[list[PretrainingKeys], BeforeValidator(_as_list)] = Field(
+        [], description="instead of datasets: text that is read as it is needed; a path alone will do"
+    )
+    streaming_multipack_buffer_size: Int = Field(
+        10_000, gt=0, description="samples of pretraining_dataset that are shuffled and packed together"
+    )
     test_datasets: list[DatasetKeys] = Field([], description="held out; instead of val_set_size")
     val_set_size: Float = Field(
         0.0, ge=0, description="held out of datasets: a share below 1, or a number of samples"
@@ -125,6 +156,9 @@ class DataKeys(Keys):
     )
     sample_packing: bool | Literal["auto"] = Field(
         False, description="several samples to a row of sequence_len; auto: if the model keeps them apart"
+    )
+    sample_packing_bin_size: Int | None = Field(
+        None, gt=0, description="most samples to a row (default: any number)"
     )
     eval_sample_packing: bool | None = Field(
         None, description="the same for what is held out (default: as sample_packing)"

@@ -214,7 +214,7 @@ class _Reading:
 
     def _foreign_keys(self) -> None:
         self._explain((), self.values, FOREIGN)
-        for section in ("datasets", "test_datasets"):
+        for section in ("datasets", "test_datasets", "pretraining_dataset"):
             entries = self.values.get(section)
             for i, entry in enumerate(entries if isinstance(entries, list) else []):
                 if isinstance(entry, dict):
@@ -294,7 +294,6 @@ class _Reading:
 
 _PLACEHOLDERS = {
     "base_model": "-",
-    "datasets": [{"path": "-", "type": "completion"}],
     "learning_rate": 1.0,
 }
 

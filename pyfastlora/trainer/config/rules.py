@@ -82,6 +82,36 @@ def _strategy_fits_steps(c: Config) -> Iterator[Conflict]:
             yield (f"{what}_strategy",), f"{what}_strategy: steps needs {counts[0]} or {counts[1]}"
 
 
+def _one_source_of_data(c: Config) -> Iterator[Conflict]:
+    if not c.datasets and not c.pretraining_dataset:
+        yield (
+            ("datasets", "pretraining_dataset"),
+            "datasets: nothing to train on; give datasets, or text as pretraining_dataset",
+        )
+    if c.datasets and c.pretraining_dataset:
+        both = ("pretraining_dataset", "datasets")
+        yield both, "datasets and pretraining_dataset are both trained on; keep one"
+
+
+def _a_stream_has_no_length(c: Config) -> Iterator[Conflict]:
+    if not c.pretraining_dataset:
+        return
+    stream = "pretraining_dataset, which is read as it is needed"
+    if c.max_steps is None:
+        yield ("max_steps", "pretraining_dataset"), f"max_steps is needed with {stream}"
+    for key, instead in (
+        ("val_set_size", "give test_datasets"),
+        ("evals_per_epoch", "say eval_steps"),
+        ("saves_per_epoch", "say save_steps"),
+        ("dataset_shard_num", "give files of their own"),
+        ("group_by_length", "say sample_packing: true"),
+        ("train_sampling_strategy", "leave it out: samples are shuffled within a buffer"),
+        ("dataloader_num_workers", "leave it out: batches are made on all cores already"),
+    ):
+        if getattr(c, key) != Config.model_fields[key].default:
+            yield (key, "pretraining_dataset"), f"{key} does not go with {stream}; {instead}"
+
+
 def _one_held_out_set(c: Config) -> Iterator[Conflict]:
     if c.test_datasets and c.val_set_size:
         yield ("val_set_size", "test_datasets"), "val_set_size and test_datasets both hold data out; keep one"
@@ -174,6 +204,8 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _one_precision,
     _steps_or_ratio,
     _strategy_fits_steps,
+    _one_source_of_data,
+    _a_stream_has_no_length,
     _one_held_out_set,
     _field_is_for_completion,
     _chat_keys_are_for_chats,

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pyfastlora.trainer.data.prompt import Piece, PromptType, Row
 
 
-def _render(row: Row) -> tuple[Piece, ...]:
-    return (Piece(row["text"], True),)
+def prompt_type(field: str) -> PromptType:
+    """Rows whose text stands in this field."""
+
+    def render(row: Row) -> tuple[Piece, ...]:
+        return (Piece(row[field], True),)
+
+    return PromptType("completion", (field,), (), render, splits=True)
 
 
-PROMPT_TYPE = PromptType("completion", ("text",), (), _render, splits=True, takes_field=True)
+PROMPT_TYPE = prompt_type("text")

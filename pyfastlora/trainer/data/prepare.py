@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.config import Config, DatasetKeys
 from pyfastlora.trainer.data.store import prepared
+from pyfastlora.trainer.data.stream import Stream
 from pyfastlora.trainer.data.tokenise import Counts
 from pyfastlora.trainer.errors import DataError
 
@@ -16,22 +17,47 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from pyfastlora.trainer.packing import PackedRows
+    from pyfastlora.trainer.packing import PackedRows, Packing
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Columns input_ids, labels and length, or rows of packed samples; held_out is None where nothing is."""
+    """Columns input_ids, labels and length, or rows of packed samples; held_out is None where nothing is.
 
-    train: Dataset | PackedRows
+    counts: what became of the rows of every dataset; of a stream's, so far.
+    """
+
+    train: Dataset | PackedRows | Stream
     held_out: Dataset | PackedRows | None
-    report: dict[str, Any]
+    counts: dict[str, Counts]
+    train_samples: int | None  # None: nobody knows, they are streamed
+    held_out_samples: int
+    packing: Packing | None = None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """All that is known about the data, for a JSON file."""
+        found: dict[str, Any] = {
+            "datasets": {key: dataclasses.asdict(c) for key, c in self.counts.items()},
+            "train_samples": self.train_samples,
+            "held_out_samples": self.held_out_samples,
+        }
+        return found if self.packing is None else found | {"packing": self.packing.to_dict()}
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of an epoch, packed or not; 0 where they are streamed."""
+        return 0 if isinstance(self.train, Stream) else len(self.train)
 
     def lines(self) -> list[str]:
-        """The report as a few readable lines."""
-        text = [_line(key, c) for key, c in self.report["datasets"].items()]
-        held_out = f", {self.report['held_out_samples']} held out" if self.held_out is not None else ""
-        return [*text, f"{self.report['train_samples']} samples to train on{held_out}"]
+        """The same as a few readable lines."""
+        text = [_line(key, c) for key, c in self.counts.items() if c.rows]
+        if self.train_samples is None:
+            trained = "pretraining_dataset is read as it is needed"
+        else:
+            trained = f"{self.train_samples} samples to train on"
+        held_out = f", {self.held_out_samples} held out" if self.held_out_samples else ""
+        return [*text, trained + held_out]
 
 
 def prepare(
@@ -43,20 +69,21 @@ def prepare(
     on.
     """
     counts: dict[str, Counts] = {}
-    train = _together(config.datasets, "datasets", config, tokenizer, counts, progress)
+    held_out = None
+    if config.pretraining_dataset:
+        train: Any = Stream(config, tokenizer)
+        train.check()
+        counts |= train.counts
+    else:
+        train = _together(config.datasets, "datasets", config, tokenizer, counts, progress)
     if config.dataset_shard_num:
         train = train.shard(config.dataset_shard_num, config.dataset_shard_idx, contiguous=False)
-    held_out = None
     if config.test_datasets:
         held_out = _together(config.test_datasets, "test_datasets", config, tokenizer, counts, progress)
     elif config.val_set_size:
         train, held_out = _split(train, config)
-    report = {
-        "datasets": {key: dataclasses.asdict(c) for key, c in counts.items()},
-        "train_samples": len(train),
-        "held_out_samples": 0 if held_out is None else len(held_out),
-    }
-    return PreparedData(train, held_out, report)
+    samples = None if config.pretraining_dataset else len(train)
+    return PreparedData(train, held_out, counts, samples, 0 if held_out is None else len(held_out))
 
 
 def _together(
@@ -97,16 +124,16 @@ def _split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
     return data.select(np.sort(order[held_out:])), data.select(np.sort(order[:held_out]))
 
 
-def _line(key: str, c: dict[str, Any]) -> str:
-    share = c["trained_tokens"] / c["tokens"]
-    text = f"{key}: {c['samples']} samples, {c['tokens']} tokens, {share:.0%} trained on"
+def _line(key: str, c: Counts) -> str:
+    share = c.trained_tokens / c.tokens
+    text = f"{key}: {c.samples} samples, {c.tokens} tokens, {share:.0%} trained on"
     for name, meaning in (
         ("dropped_too_long", "dropped as longer than sequence_len"),
         ("truncated", "cut to sequence_len"),
         ("dropped_untrained", "dropped with nothing to train on"),
     ):
-        if c[name]:
-            text += f"; {c[name]} {meaning}"
-    if c["bad_rows"]:
-        text += f"; {c['bad_rows']} skipped as they do not fit their type, the first: {c['first_bad']}"
+        if count := getattr(c, name):
+            text += f"; {count} {meaning}"
+    if c.bad_rows:
+        text += f"; {c.bad_rows} skipped as they do not fit their type, the first: {c.first_bad}"
     return text

@@ -24,8 +24,8 @@ class PromptType:
     pieces in reading order; each is tokenised separately, so that the same prompt has the same tokens
     whatever the response. check: what else a row must be, its fields being there; with it they need not be
     text. ends: BOS and EOS are put around the pieces. splits: a sample longer than sequence_len becomes
-    several, instead of being dropped or cut. takes_field: the dataset's `field` key replaces the one entry of
-    `fields`. also: other spellings of fields. tokenised: a row has its tokens and labels.
+    several, instead of being dropped or cut. also: other spellings of fields. tokenised: a row has its tokens
+    and labels.
     """
 
     name: str
@@ -33,7 +33,6 @@ class PromptType:
     optional: tuple[str, ...]
     render: Callable[[Row], tuple[Piece, ...]]
     splits: bool = False
-    takes_field: bool = False
     check: Callable[[Row], str | None] | None = None
     ends: bool = True
     also: Mapping[str, str] = field(default_factory=dict)

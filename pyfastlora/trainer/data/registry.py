@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -40,13 +39,7 @@ def prompt_type(entry: DatasetKeys, tokenizer: PreTrainedTokenizerBase) -> Promp
         return template.prompt_type(entry.type)
     if entry.type in CHATS:
         return chat.prompt_type(entry, tokenizer)
-    found = _FIXED[entry.type]
-    if entry.field is None or found.fields == (entry.field,):
-        return found
-    assert found.takes_field, "config.py refuses field for the others"
-    (own,) = found.fields
-    wanted = entry.field
-    return dataclasses.replace(found, fields=(wanted,), render=lambda row: found.render({own: row[wanted]}))
+    return _FIXED[entry.type] if entry.field is None else completion.prompt_type(entry.field)
 
 
 def fitting_types(row: Row) -> Iterable[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pyfastlora.trainer.config import DatasetKeys
+from pyfastlora.trainer.config import DatasetKeys, SourceKeys
 from pyfastlora.trainer.errors import DataError, HubError
 
 _FORMATS = {
@@ -55,10 +55,11 @@ class Digest(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
 
-def open_source(dataset: DatasetKeys, key: str) -> Source:
+def open_source(dataset: SourceKeys, key: str, streaming: bool = False) -> Source:
     """The source of one entry of the configuration.
 
-    `key` is the entry's own name, such as datasets[0]. Raises DataError where something is missing; what a
+    `key` is the entry's own name, such as datasets[0]. streaming: what the hub has is read from there as it
+    is needed, instead of downloaded first. Raises DataError where something is missing; what a
     row means is not looked at here.
     """
     path = Path(os.path.expanduser(dataset.path))
@@ -71,7 +72,7 @@ def open_source(dataset: DatasetKeys, key: str) -> Source:
     if path.is_dir():
         return Files.of(_files_in(path, dataset, key), dataset, key)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset.path) and _format_of(path) is None:
-        return _hub(dataset, key)
+        return _hub(dataset, key, streaming)
     if any(c in dataset.path for c in "*?["):
         found = [Path(f) for f in sorted(glob.glob(str(path), recursive=True)) if Path(f).is_file()]
         if found:
@@ -80,9 +81,9 @@ def open_source(dataset: DatasetKeys, key: str) -> Source:
     raise DataError(f"{key}.path: {dataset.path}: no such file or folder (looked in {Path.cwd()})")
 
 
-def read_rows(dataset: DatasetKeys, key: str) -> Iterator[NumberedRow]:
+def read_rows(dataset: DatasetKeys, key: str, streaming: bool = False) -> Iterator[NumberedRow]:
     """The rows of one entry that belong to its shard."""
-    rows = open_source(dataset, key).rows()
+    rows = open_source(dataset, key, streaming).rows()
     return itertools.islice(rows, dataset.shards_idx, None, dataset.shards or 1)
 
 
@@ -93,7 +94,7 @@ class Files:
     files: tuple[tuple[Path, str], ...]
 
     @classmethod
-    def of(cls, paths: Sequence[Path], dataset: DatasetKeys, key: str) -> Files:
+    def of(cls, paths: Sequence[Path], dataset: SourceKeys, key: str) -> Files:
         """Raises DataError for a file whose format is not known."""
         return cls(tuple((path, _kind(path, dataset.ds_type, key)) for path in paths))
 
@@ -114,7 +115,7 @@ class Files:
 
 @dataclass(frozen=True)
 class HubRows:
-    """A dataset of the hub, downloaded."""
+    """A dataset of the hub, downloaded or streamed."""
 
     name: str
     data: Any
@@ -127,7 +128,7 @@ class HubRows:
             into.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
 
 
-def _files_in(folder: Path, dataset: DatasetKeys, key: str) -> list[Path]:
+def _files_in(folder: Path, dataset: SourceKeys, key: str) -> list[Path]:
     wanted = [dataset.data_files] if isinstance(dataset.data_files, str) else dataset.data_files
     if wanted:
         files: list[Path] = []
@@ -143,7 +144,7 @@ def _files_in(folder: Path, dataset: DatasetKeys, key: str) -> list[Path]:
     return files
 
 
-def _hub(dataset: DatasetKeys, key: str) -> HubRows:
+def _hub(dataset: SourceKeys, key: str, streaming: bool) -> HubRows:
     import datasets
 
     try:
@@ -153,6 +154,7 @@ def _hub(dataset: DatasetKeys, key: str) -> HubRows:
             data_files=dataset.data_files,
             split=dataset.split,
             revision=dataset.revision,
+            streaming=streaming,
         )
     except Exception as error:  # the hub client raises a dozen unrelated classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

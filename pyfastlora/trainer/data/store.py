@@ -52,9 +52,7 @@ def prepared(
 
     entry = config.with_template(entry)
     kind = prompt_type(entry, tokenizer)  # its template becomes the tokenizer's
-    rules = Rules(
-        config.sequence_len, config.train_on_inputs, config.excess_length_strategy, config.on_bad_row
-    )
+    rules = Rules.of(config)
 
     name = name_of(entry, key, rules, tokenizer)
 

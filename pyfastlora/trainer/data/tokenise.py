@@ -7,11 +7,13 @@ one by one and joined, so a token never spans prompt and response.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.prompt import Piece, PromptType
 from pyfastlora.trainer.data.registry import fitting_types
 from pyfastlora.trainer.data.sources import NumberedRow
@@ -33,6 +35,10 @@ class Rules:
     train_on_inputs: bool = False
     excess_length_strategy: str = "drop"
     on_bad_row: str = "error"
+
+    @classmethod
+    def of(cls, config: Config) -> Rules:
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 @dataclass
