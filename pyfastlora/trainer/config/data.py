@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -98,7 +99,7 @@ class DatasetKeys(SourceKeys):
     @classmethod
     def _known_type(cls, value: str | TemplateKeys | None) -> str | TemplateKeys | None:
         if isinstance(value, str) and value not in prompt_type_names():
-            raise ValueError(f"must be one of {', '.join(prompt_type_names())}; got {value!r}")
+            raise ValueError(f"must be one of {', '.join(prompt_type_names())}; got {reprlib.repr(value)}")
         return value
 
 

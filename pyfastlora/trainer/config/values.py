@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -25,7 +26,7 @@ class Keys(BaseModel):
 
 def one_of(value: str, allowed: tuple[str, ...], gone: dict[str, str]) -> str:
     if value in gone:
-        raise ValueError(f"{value!r} no longer exists; {gone[value]} takes its place")
+        raise ValueError(f"{reprlib.repr(value)} no longer exists; {gone[value]} takes its place")
     if value not in allowed:
-        raise ValueError(f"must be one of {', '.join(allowed)}; got {value!r}")
+        raise ValueError(f"must be one of {', '.join(allowed)}; got {reprlib.repr(value)}")
     return value

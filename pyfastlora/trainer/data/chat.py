@@ -8,6 +8,7 @@ so a response has the very tokens that a model is asked to continue with when it
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,8 @@ class Conversations:
                     f'message {i} of "{self.field}" needs "{self.role}" and "{self.content}"; it has {there}'
                 )
             if not isinstance(message[self.role], str) or message[self.role] not in self.roles:
-                known = ", ".join(self.roles)
-                return (
-                    f'message {i} of "{self.field}" is from {message[self.role]!r}; known are {known} (roles)'
-                )
+                known, got = ", ".join(self.roles), reprlib.repr(message[self.role])
+                return f'message {i} of "{self.field}" is from {got}; known are {known} (roles)'
             if (reason := bad_text(message[self.content])) is not None:
                 return f'"{self.content}" of message {i} {reason}'
             if self.flag and not isinstance(message.get(self.flag, False), bool):

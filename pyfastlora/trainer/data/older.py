@@ -21,6 +21,7 @@ a model that was trained elsewhere on such a type has seen another sentence at t
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 
 import yaml
@@ -120,7 +121,8 @@ def _why_not_turns(names: Sequence[str], roles: Sequence[str] = ()) -> Callable[
                 wanted = ", ".join(f'"{name}"' for name in names)
                 return f'entry {i} of "conversations" must be an object with the texts {wanted}'
             if roles and turn["role"] not in roles:
-                return f'entry {i} of "conversations" is from {turn["role"]!r}; known are {", ".join(roles)}'
+                known, got = ", ".join(roles), reprlib.repr(turn["role"])
+                return f'entry {i} of "conversations" is from {got}; known are {known}'
         return None
 
     return why_not

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,7 @@ def _guarded(reader: Callable[[Path], Iterator[NumberedRow]], path: Path) -> Ite
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: must be UTF-8 text; {error.reason} at byte {error.start}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -249,7 +250,7 @@ def _parquet(path: Path) -> Iterator[NumberedRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _batches(path, file.iter_batches())
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not Parquet: {str(error).splitlines()[0]}") from None
 
 
@@ -264,13 +265,14 @@ def _arrow(path: Path) -> Iterator[NumberedRow]:
                 reader = pyarrow.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from _batches(path, batches)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not Arrow: {str(error).splitlines()[0]}") from None
 
 
 def _batches(path: Path, batches: Iterator[Any]) -> Iterator[NumberedRow]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # its lengths and offsets are whatever the file says
         for row in batch.to_pylist():
             number += 1
             yield NumberedRow(f"{path}, row {number}", row)

@@ -130,6 +130,8 @@ def _checked(row: NumberedRow, prompt_type: PromptType) -> tuple[Piece, ...]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
+    if not texts:  # every row was bad; transformers cannot encode nothing
+        return iter([])
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
