@@ -23,7 +23,7 @@ def train(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
     fastlora train cfg.yaml --learning-rate 1e-4 --lora_r=32
     fastlora train cfg.yaml --set datasets[0].path=data.jsonl
 
-    Keys have Axolotl's names; docs/training.md lists them. The adapter lands in output_dir in PEFT's
+    Keys have Axolotl's names; docs/config.md lists them. The adapter lands in output_dir in PEFT's
     format, with the resolved configuration, metrics (log.jsonl) and the kernel report beside it.
 
     \b

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -470,7 +472,9 @@ def test_templates_that_cannot_be_trained_on(make_tokenizer, template, reason):
         chat(make_tokenizer(), TALK, chat_template="jinja", chat_template_jinja=template)
 
 
-def test_every_name_has_a_type(make_tokenizer):
+def test_every_name_has_a_type_and_a_line_in_the_page(make_tokenizer):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert {name for name in prompt_type_names() if f"`{name}`" not in text} == set()
     for name in prompt_type_names():
         keys = {"chat_template": "chatml"} if name in CHATS else {}
         found = prompt_type(DatasetKeys(path="-", type=name, **keys), make_tokenizer())
