@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -153,6 +155,23 @@ def test_the_probe_gives_a_model_what_training_gives_it(flat):
         assert batch["position_ids"][0, [8, 9, 20, 21]].tolist() == [8, 0, 11, 0]
         assert not flat or batch["cu_seq_lens_q"].tolist() == [0, 9, 21, 64]
     assert len(asked) == 2 and not torch.equal(asked[0]["input_ids"], asked[1]["input_ids"])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_has_as_many_steps_and_no_row_is_lost(ranks):
+    """The packing is the same on every rank; accelerate deals batches out and repeats some."""
+    data = samples(101)
+    rows = rows_of(data, 40, seed=7)
+    dealt = []
+    for rank in range(ranks):
+        own = rows_of(data, 40, seed=7)
+        loader = torch.utils.data.DataLoader(own, batch_size=2, collate_fn=PackedCollator(0))
+        mine = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
+        dealt.append([tuple(row.tolist()) for batch in mine for row in batch["input_ids"]])
+    assert len({len(own) for own in dealt}) == 1
+    found = {tuple(token for token in row if token) for own in dealt for row in own}
+    joined = [itertools.chain(*(sample["input_ids"] for sample in row)) for row in rows]
+    assert found == {tuple(token for token in row if token) for row in joined}
 
 
 def run(config: Path, *overrides: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -408,6 +409,47 @@ def test_tools_reach_the_template(make_tokenizer):
     tokenizer, keys = make_tokenizer(), {**JINJA, "chat_template_jinja": template, "field_tools": "tools"}
     (sample,) = samples(tokenizer, [row], "chat_template", keys=keys)
     assert read(tokenizer, sample) == ("(clock)<s>[Who?]I.</s>", "I.</s>")
+
+
+CALLS = (
+    "{{ tools | length }}{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ c.function.name }}({{ c.function.arguments.at }}){% endfor %}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}{{ m.name }}={{ m.content }};{% elif m.role == 'assistant' %}"
+    "{{ m.content + eos_token }}{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["objects", "text"])
+def test_calls_of_tools_as_openai_writes_them(make_tokenizer, as_text):
+    """No content beside the calls; arguments, and the tools themselves, may be JSON in a string."""
+    arguments, tools = {"at": "noon"}, [{"name": "clock"}]
+    call = {"function": {"name": "clock", "arguments": json.dumps(arguments) if as_text else arguments}}
+    talk = [
+        {"role": "user", "content": "When?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "clock", "content": "12:00"},
+        {"role": "assistant", "content": "Now."},
+    ]
+    row = {"messages": talk, "tools": json.dumps(tools) if as_text else tools}
+    tokenizer, keys = make_tokenizer(), {**JINJA, "chat_template_jinja": CALLS, "field_tools": "tools"}
+    (sample,) = samples(tokenizer, [row], "chat_template", keys=keys)
+    whole = "1[When?]clock(noon)</s>clock=12:00;Now.</s>"
+    assert read(tokenizer, sample) == (whole, "clock(noon)</s>Now.</s>")
+    with pytest.raises(DataError, match="message 2 calls tools, which the chat template does not write"):
+        samples(tokenizer, [row], "chat_template", keys={"chat_template": "chatml"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tool_calls": [3]}, '"tool_calls" of message 2 must be a list of objects'),
+        ({"tool_calls": [], "content": None}, '"content" of message 2 must be text; got NoneType'),
+    ],
+)
+def test_calls_that_are_none(make_tokenizer, change, reason):
+    talk = [TALK[1], TALK[2] | change]
+    with pytest.raises(DataError, match=reason):
+        chat(make_tokenizer(), talk, **JINJA)
 
 
 @pytest.mark.parametrize("response", ["\nthe", "x", "  ", "你好 🦊", "a\r\nb", "hello " * 300])

@@ -53,6 +53,7 @@ _PACKING = Note("all samples are packed at once, and counted: nothing has to be 
 _CLASS = Note("the class is read from the files of base_model")
 _CORES = Note("tokenising uses all cores")
 _LOGIN = Note("the token of `hf auth login` is used where the hub asks for one")
+_WHOLE = Refusal("messages reach the template whole; name the field as the template does")
 _LOSS = Note("the loss is transformers' own")
 
 FOREIGN: dict[str, Fate] = {
@@ -134,6 +135,7 @@ FOREIGN: dict[str, Fate] = {
     "streaming": Note("what is prepared stays on disk; only pretraining_dataset is never prepared"),
     "pretrain_multipack_buffer_size": Translation("streaming_multipack_buffer_size"),
     "pretrain_multipack_attn": Note("packed samples never see one another"),
+    "eot_tokens": Note("the tokens that end a turn are read off what the template writes"),
     "default_system_message": Refusal("put a system message into the rows, or into chat_template_jinja"),
     "rl": _SFT,
     "reward_model": _SFT,
@@ -217,6 +219,14 @@ FOREIGN_OF_DATASETS: dict[str, Fate] = {
     "conversation": Refusal("say chat_template: chatml, or chat_template: jinja and its text"),
     "field_human": Refusal("say field_instruction in a template (type: {..})"),
     "field_model": Refusal("say field_output in a template (type: {..})"),
+    "train_on_eot": Translation("train_on_eos"),
+    "message_field_training_detail": Refusal("say by message (message_field_training), or give segments"),
+    "drop_system_message": Refusal("leave the system messages out of the rows, or of chat_template_jinja"),
+    "field_thinking": _WHOLE,
+    "template_thinking_key": _WHOLE,
+    "split_thinking": Refusal("put what was thought into a field of the message that the template knows"),
+    "logprobs_field": _SFT,
+    "temperature": _SFT,
     "message_field_role": Refusal("say message_property_mappings: {role: ..}"),
     "message_field_content": Refusal("say message_property_mappings: {content: ..}"),
     "trust_remote_code": Refusal("datasets runs no code of a dataset any more; remove the key"),

@@ -8,6 +8,7 @@ so a response has the very tokens that a model is asked to continue with when it
 from __future__ import annotations
 
 import functools
+import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,12 @@ class Conversations:
         for i, message in enumerate(messages, 1):
             if not isinstance(message, Mapping):
                 return f'message {i} of "{self.field}" must be an object; got {type(message).__name__}'
-            if self.role not in message or self.content not in message:
+            calls = message.get("tool_calls")
+            if calls is not None and not _are_objects(calls):
+                return f'"tool_calls" of message {i} must be a list of objects'
+            if calls and "tool_calls" not in self.template:
+                return f"message {i} calls tools, which the chat template does not write (tool_calls)"
+            if self.role not in message or (self.content not in message and not calls):
                 there = ", ".join(f'"{name}"' for name in list(message)[:8]) or "nothing"
                 return (
                     f'message {i} of "{self.field}" needs "{self.role}" and "{self.content}"; it has {there}'
@@ -71,22 +77,20 @@ class Conversations:
             if not isinstance(message[self.role], str) or message[self.role] not in self.roles:
                 known, got = ", ".join(self.roles), reprlib.repr(message[self.role])
                 return f'message {i} of "{self.field}" is from {got}; known are {known} (roles)'
-            if (reason := bad_text(message[self.content])) is not None:
+            content = message.get(self.content)
+            if not (content is None and calls) and (reason := bad_text(content)) is not None:
                 return f'"{self.content}" of message {i} {reason}'
             if self.flag and not isinstance(message.get(self.flag, False), bool):
                 return f'"{self.flag}" of message {i} must be true or false'
         if self._trains(messages[0], self.roles[messages[0][self.role]]):
             return f'message 1 of "{self.field}" would be trained on: there is nothing to answer before it'
-        tools = row.get(self.tools) if self.tools else None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
-            return f'"{self.tools}" must be a list of objects'
-        return None
+        tools = self._offered(row)
+        return None if tools is None or _are_objects(tools) else f'"{self.tools}" must be a list of objects'
 
     def render(self, row: Row) -> tuple[Piece, ...]:
-        messages = [{"role": self.roles[m[self.role]], "content": m[self.content]} for m in row[self.field]]
+        messages = [self._message(m) for m in row[self.field]]
         trained = [i for i, m in enumerate(messages) if self._trains(row[self.field][i], m["role"])]
-        tools = row.get(self.tools) if self.tools else None
-        write = functools.partial(self._write, tools=tools)
+        write = functools.partial(self._write, tools=self._offered(row))
         whole = write(messages)
         pieces: list[Piece] = []
         at = 0
@@ -102,6 +106,18 @@ class Conversations:
             pieces += self._turn(whole[len(begin) : len(end)], last=i == trained[-1])
             at = len(end)
         return tuple(piece for piece in (*pieces, *self._between(whole[at:])) if piece.text)
+
+    def _message(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the template gets: role, content, and all else that the message says, such as tool_calls."""
+        more = {k: v for k, v in given.items() if v is not None and k not in (self.role, self.content)}
+        if "tool_calls" in more:
+            more["tool_calls"] = [_with_arguments(call) for call in more["tool_calls"]]
+        return more | {"role": self.roles[given[self.role]], "content": given.get(self.content) or ""}
+
+    def _offered(self, row: Row) -> Any:
+        """The tools of a row; some sets have them as text."""
+        tools = row.get(self.tools) if self.tools else None
+        return _from_json(tools) if isinstance(tools, str) else tools
 
     def _trains(self, message: Mapping[str, Any], role: str) -> bool:
         if self.flag and self.flag in message:
@@ -148,6 +164,25 @@ class Conversations:
         parts = text.split(self.end)
         ended = [piece for part in parts[:-1] for piece in (Piece(part, False), Piece(self.end, True))]
         return [*ended, Piece(parts[-1], False)]
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object, as templates want them; OpenAI's format has them as text."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": _from_json(arguments)} if isinstance(arguments, str) else dict(call)
 
 
 def prompt_type(entry: DatasetKeys, tokenizer: PreTrainedTokenizerBase) -> PromptType:
