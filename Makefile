@@ -22,8 +22,9 @@ SOURCES_CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o 
 quickstart: $(VENV)/installed
 	$(BIN)/fastlora quickstart
 
+# A process per core; what tests of one file share is made once. Threads that wait sleep, as every core is wanted.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # From PEFT's source distribution, of the version that is installed.
 test-peft: $(VENV)/installed-test-peft
