@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <limits>
+#include <string>
 #include <vector>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -112,38 +114,52 @@ class Numbers {
     std::vector<std::vector<uint64_t>> levels_;
 };
 
+struct Row {
+    int32_t before;     // the row that came to the same room before it; -1: none
+    int32_t documents;  // in the row so far
+};
+
 // The row of each sample: best-fit decreasing, as pyfastlora/host.py defines it. A row with room is linked to
-// the others with as much.
+// the others with as much. 32 bits a number: a million samples wait for memory, not for sums.
 void best_fit_rows(const int64_t* lengths, int64_t count, int64_t capacity, int64_t most, int64_t* rows) {
-    std::vector<int64_t> starts(static_cast<size_t>(capacity) + 2, 0), order(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i) ++starts[static_cast<size_t>(capacity - lengths[i]) + 1];
-    for (size_t f = 1; f < starts.size(); ++f) starts[f] += starts[f - 1];
+    const auto size = static_cast<size_t>(capacity);
+    std::vector<int32_t> ends(size + 2, 0), order(static_cast<size_t>(count)), latest(size + 1, -1);
+    for (int64_t i = 0; i < count; ++i) ++ends[static_cast<size_t>(capacity - lengths[i]) + 1];
+    for (size_t f = 1; f < ends.size(); ++f) ends[f] += ends[f - 1];
     for (int64_t i = 0; i < count; ++i)
-        order[static_cast<size_t>(starts[static_cast<size_t>(capacity - lengths[i])]++)] = i;
-    std::vector<int64_t> latest(static_cast<size_t>(capacity) + 1, -1), before, documents;
+        order[static_cast<size_t>(ends[static_cast<size_t>(capacity - lengths[i])]++)] =
+            static_cast<int32_t>(i);
+    std::vector<Row> made;
     Numbers rooms(capacity + 1);
-    for (const int64_t i : order) {
-        int64_t room = rooms.from(lengths[i]), row;
-        if (room < 0) {
-            row = static_cast<int64_t>(before.size()), room = capacity;
-            before.push_back(-1), documents.push_back(0);
-        } else {
-            row = latest[static_cast<size_t>(room)];
-            latest[static_cast<size_t>(room)] = before[static_cast<size_t>(row)];
-            if (latest[static_cast<size_t>(room)] < 0) rooms.erase(room);
+    int32_t at = 0;
+    for (int64_t length = capacity; length > 0; --length) {
+        for (const int32_t end = ends[static_cast<size_t>(capacity - length)]; at < end; ++at) {
+            int64_t room = rooms.from(length);
+            auto row = static_cast<int32_t>(made.size());
+            if (room < 0) {
+                room = capacity;
+                made.push_back({-1, 0});
+            } else {
+                row = latest[static_cast<size_t>(room)];
+                latest[static_cast<size_t>(room)] = made[static_cast<size_t>(row)].before;
+                if (latest[static_cast<size_t>(room)] < 0) rooms.erase(room);
+            }
+            rows[order[static_cast<size_t>(at)]] = row;
+            room -= length;
+            Row& own = made[static_cast<size_t>(row)];
+            if (room == 0 || ++own.documents == most) continue;
+            own.before = latest[static_cast<size_t>(room)];
+            latest[static_cast<size_t>(room)] = row;
+            rooms.insert(room);
         }
-        rows[i] = row;
-        room -= lengths[i];
-        if (room == 0 || ++documents[static_cast<size_t>(row)] == most) continue;
-        before[static_cast<size_t>(row)] = latest[static_cast<size_t>(room)];
-        latest[static_cast<size_t>(room)] = row;
-        rooms.insert(room);
     }
 }
 
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 py::array_t<int64_t> best_fit(const Lengths& lengths, int64_t capacity, int64_t most) {
+    if (lengths.size() > std::numeric_limits<int32_t>::max())
+        throw py::value_error("best_fit: " + std::to_string(lengths.size()) + " samples; at most 2^31 - 1");
     py::array_t<int64_t> rows(lengths.size());
     const int64_t* in = lengths.data();
     int64_t* out = rows.mutable_data();
