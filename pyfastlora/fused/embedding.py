@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyfastlora.fused.projections import no_autocast, obeying
+from pyfastlora.fused.modes import no_autocast, obeying
 from pyfastlora.ops import dora_grad, lora_backward, lora_expand, lora_grad, lora_shrink
 from pyfastlora.ops._registry import requests_in_force
 from pyfastlora.ops._shapes import rows_of

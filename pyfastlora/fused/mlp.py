@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyfastlora.fused.modes import no_autocast, obeying, output_like
 from pyfastlora.fused.projections import (
     PER_PROJECTION,
     Kept,
@@ -31,11 +32,8 @@ from pyfastlora.fused.projections import (
     check,
     inner_grads,
     input_grad,
-    no_autocast,
-    obeying,
     outer_grads,
     output_dtype,
-    output_like,
     restore,
     run_backward,
     run_forward,

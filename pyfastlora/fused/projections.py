@@ -23,8 +23,7 @@ et al. 2024, and for each rounding and cast peft/tuners/lora/{layer,bnb,dora,var
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfastlora.fused import extension
+from pyfastlora.fused.modes import autocast_dtype, no_autocast, obeying, output_like
 from pyfastlora.ops import (
     DropoutMask,
     dora_grad,
@@ -45,7 +45,7 @@ from pyfastlora.ops import (
     lora_shrink,
     lora_shrink_many,
 )
-from pyfastlora.ops._registry import requests, requests_in_force
+from pyfastlora.ops._registry import requests_in_force
 from pyfastlora.ops._shapes import as_dtype, rows_of, stack
 from pyfastlora.weights import FrozenWeight
 
@@ -260,14 +260,6 @@ def _plan(x: Tensor, p: Projection, cast: torch.dtype | None) -> Kept:
     if x.device.type in ROUND_AS_PEFT and narrow == torch.bfloat16:
         k.a, k.b, k.adapter = as_dtype(p.lora_A, narrow), as_dtype(p.lora_B, narrow), narrow
     return k
-
-
-def output_like(x: Tensor, y: Tensor) -> Tensor:
-    """y [T, O] in x's leading dimensions. No view: autograd lets nobody write into one that a Function made.
-
-    PEFT's output can be written to: Llama 4 adds its routed experts to what its shared expert returned.
-    """
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
 
 def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -> None:
@@ -510,38 +502,9 @@ def _add_base_grad(part: Part, dx: Tensor | None) -> Tensor:
     return grad if dx is None else grad.add_(dx)
 
 
-_AS_IT_IS = contextlib.nullcontext()
-
-
-def obeying(requested: dict[str, str]) -> contextlib.AbstractContextManager[None]:
-    """The forward's requests. A compiled backward is traced with its forward, while they are in force."""
-    if requested is requests_in_force() or torch.compiler.is_compiling():
-        return _AS_IT_IS
-    return requests(requested)
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[torch.dtype | None]:
-    """Autocast off inside, because every cast here is explicit; gives the dtype it would have cast x to, or
-    None.
-    """
-    dtype = _autocast_dtype(x)
-    if torch.compiler.is_compiling():
-        # A backward is traced as if autocast were off, and becomes part of a graph that is made with it on.
-        # And where torch 2.13 meets the first stride inside the context, autocast stays off for what follows.
-        x.stride()
-        return _without_autocast(x.device.type, dtype)
-    return _AS_IT_IS if dtype is None else _without_autocast(x.device.type, dtype)
-
-
-@contextlib.contextmanager
-def _without_autocast(device: str, dtype: torch.dtype | None) -> Iterator[torch.dtype | None]:
-    with torch.autocast(device, enabled=False):
-        yield dtype
-
-
 def output_dtype(x: Tensor, p: Projection) -> torch.dtype:
     """The dtype of the projection's output for x, under the autocast in force."""
-    cast = _autocast_dtype(x)
+    cast = autocast_dtype(x)
     return _output_dtype(x, p, p.weight.compute_dtype(x, cast), cast)
 
 
@@ -563,9 +526,3 @@ def _casts(device: str, p: Projection, cast: torch.dtype | None) -> bool:
     for quantised weights do unless `torch.is_autocast_enabled()`, which asks CUDA's autocast alone.
     """
     return not (p.weight.is_quantised and device == "cuda" and cast is not None)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if on else None
