@@ -69,9 +69,10 @@ class Report:
         styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
         for finding in self.findings:
             console.say(f"{finding.level:<8}{finding.subject}: {finding.sentence}", styles[finding.level])
-        count = {level: sum(f.level == level for f in self.findings) for level in styles}
+        counts = [(level, sum(f.level == level for f in self.findings)) for level in ("error", "warning")]
+        counted = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts)
         verdict = ("nothing stands in the way", "it would run", "it would fail")[self.exit_code]
-        console.say(f"{count['error']} errors, {count['warning']} warnings: {verdict}")
+        console.say(f"{counted}: {verdict}")
 
 
 def examine(path: str, overrides: Iterable[str] = ()) -> Report:
