@@ -139,6 +139,8 @@ def test_missing_keys(mistakes):
         ("sample_packing: often", "cfg.yaml:8:1: sample_packing must be true, false or auto; got"),
         ("sample_packing: true\ngroup_by_length: true", "keep sample_packing or group_by_length"),
         ("eval_sample_packing: true", "eval_sample_packing: true goes with sample_packing: true"),
+        ("chat_template: llama3", "must be tokenizer_default (the one that comes with the model), "),
+        ("chat_template: chatlm", 'got "chatlm"; did you mean chatml?'),
         ("max_packed_sequence_len: 2048", "say sequence_len and sample_packing: true"),
     ],
 )

@@ -370,7 +370,8 @@ def _section_of(key: str) -> str:
     return owner.__name__.removesuffix("Keys").lower()
 
 
-# A value of a union fails once per member; these say what the key takes as a whole.
+# A value of a union fails once per member; these say what the key takes as a whole, and of chat_template what
+# the names mean to someone who knows Axolotl's.
 _UNIONS = {
     "bf16": "true, false, auto or full",
     "tf32": "true, false or auto",
@@ -379,6 +380,10 @@ _UNIONS = {
     "lora_target_modules": "a list of module names, or one regular expression",
     "data_files": "a file name or a list of them",
     "type": "a name, or a mapping that is a template",
+    "chat_template": (
+        "tokenizer_default (the one that comes with the model), tokenizer_default_fallback_chatml, chatml, "
+        "or jinja with its text in chat_template_jinja"
+    ),
 }
 
 
