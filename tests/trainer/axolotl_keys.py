@@ -1,8 +1,8 @@
 """Axolotl's keys and what becomes of each here: honoured, translated, noted or refused.
 
 OLD has every key of the option reference in Axolotl's README of 2023 and 2024, in its order; TODAY the keys
-of its schema (0.21) that concern LoRA and full fine-tuning and came later. A value is one that asks for
-something.
+of its schema (0.21) that concern LoRA and full fine-tuning and came later; OF_DATASETS those of an entry of
+datasets, of either. A value is one that asks for something.
 """
 
 from __future__ import annotations
@@ -227,10 +227,51 @@ model_config                  {a: 1}                refused
 """
 
 
-def table() -> list[tuple[str, str, str, str]]:
+OF_DATASETS = """
+path                          a.jsonl               honoured
+type                          chat_template         honoured
+name                          main                  honoured
+split                         test                  honoured
+train_on_split                test                  translated split
+revision                      main                  honoured
+data_files                    [a.jsonl]             honoured
+ds_type                       json                  honoured
+field                         body                  honoured
+shards                        4                     honoured
+shards_idx                    1                     honoured
+preprocess_shards             4                     noted
+trust_remote_code             true                  refused
+conversation                  chatml                refused
+field_human                   q                     refused
+field_model                   a                     refused
+chat_template                 chatml                honoured
+chat_template_jinja           "{{ messages }}"      honoured
+field_messages                talk                  honoured
+message_property_mappings     {role: from}          honoured
+message_field_role            from                  refused
+message_field_content         value                 refused
+message_field_training        train                 honoured
+message_field_training_detail detail                refused
+roles                         {user: [human]}       honoured
+roles_to_train                [assistant]           honoured
+train_on_eos                  last                  honoured
+train_on_eot                  last                  translated train_on_eos
+drop_system_message           true                  refused
+field_tools                   tools                 honoured
+field_thinking                reasoning             refused
+template_thinking_key         reasoning             refused
+split_thinking                true                  refused
+logprobs_field                p                     refused
+temperature                   0.7                   refused
+input_format                  x                     refused
+input_transform               x                     refused
+"""
+
+
+def table(text: str = OLD + TODAY) -> list[tuple[str, str, str, str]]:
     """(key, value as YAML, fate, of a translation the key that takes its place)."""
     rows = []
-    for line in (OLD + TODAY).strip().splitlines():
+    for line in text.strip().splitlines():
         if not line.strip():
             continue
         key, rest = line.split(maxsplit=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pyfastlora.trainer.config import Config
+from pyfastlora.trainer.config import Config, DatasetKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, Refusal, Translation
 from pyfastlora.trainer.config.load import load_config
 from pyfastlora.trainer.config.reference import page
@@ -220,6 +220,28 @@ def test_every_key_of_axolotls_has_its_fate(load, key, value, fate, to):
         assert not problems and notes[0].startswith(f"{key}: read as {to}: ")
     else:
         assert key in Config.model_fields
+        assert "unknown key" not in problems and "cannot be had" not in problems and not notes
+
+
+@pytest.mark.parametrize(("key", "value", "fate", "to"), axolotl_keys.table(axolotl_keys.OF_DATASETS))
+def test_every_key_of_a_dataset_has_its_fate(load, key, value, fate, to):
+    entry = {k: v for k, v in {"path": "data.jsonl", "type": "chat_template"}.items() if k != key}
+    text = yaml.safe_dump({**yaml.safe_load(GOOD), "datasets": [entry]}).replace(
+        "- ", f"- {key}: {value}\n  ", 1
+    )
+    problems, notes = "", ()
+    try:
+        notes = load(text).notes
+    except ConfigError as error:
+        problems = str(error)
+    if fate == "refused":
+        assert f"datasets[0].{key}: " in problems and "cannot be had: " in problems
+    elif fate == "noted":
+        assert not problems and notes[0].startswith(f"datasets[0].{key}: ")
+    elif fate == "translated":
+        assert not problems and notes[0].startswith(f"datasets[0].{key}: read as {to}: ")
+    else:
+        assert key in DatasetKeys.model_fields
         assert "unknown key" not in problems and "cannot be had" not in problems and not notes
 
 
