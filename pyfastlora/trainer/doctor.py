@@ -68,7 +68,9 @@ class Report:
         """Prints a line per finding, and how many there are."""
         styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
         for finding in self.findings:
-            console.say(f"{finding.level:<8}{finding.subject}: {finding.sentence}", styles[finding.level])
+            said = finding.sentence.startswith(finding.subject)  # as sentences about a key do
+            subject = "" if said else f"{finding.subject}: "
+            console.say(f"{finding.level:<8}{subject}{finding.sentence}", styles[finding.level])
         counts = [(level, sum(f.level == level for f in self.findings)) for level in ("error", "warning")]
         counted = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level, n in counts)
         verdict = ("nothing stands in the way", "it would run", "it would fail")[self.exit_code]
