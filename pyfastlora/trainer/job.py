@@ -103,7 +103,7 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
             trainer.evaluate()
     if config.pretraining_dataset:  # what was read is known now
         run_dir.write_json("data.json", data.report)
-        for line in data.lines()[:-1]:
+        for line in data.counted():
             console.say(line)
     models.save(model, run_dir.path)
     tokenizer.save_pretrained(str(run_dir.path))

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyfastlora import host
-from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.tokenise import IGNORED
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from pyfastlora.trainer.config import Config
 
 # Of the logits' spread. Where documents are kept apart nothing changes at all, Falcon's change by 0.1.
 LEAKS = 1e-3

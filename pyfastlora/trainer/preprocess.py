@@ -46,8 +46,8 @@ def preprocess(loaded: LoadedConfig, console: Console, show: int = 0, folder: st
         if report_dir is not None:
             report_dir.path.mkdir(parents=True, exist_ok=True)
             report_dir.write_json("report.json", data.report | facts)
-            for _, part in _parts(data)[:1]:
-                report.plot_lengths(part, loaded.config.sequence_len, report_dir.path / "lengths.png")
+            if data.train_rows:
+                report.plot_lengths(data.train, loaded.config.sequence_len, report_dir.path / "lengths.png")
             console.say(f"the report is in {report_dir.path}")
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from pyfastlora.trainer.config import Config, DatasetKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, Refusal, Translation
-from pyfastlora.trainer.config.load import load_config
+from pyfastlora.trainer.config.load import load_config, sections
 from pyfastlora.trainer.config.reference import page
 from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
 from pyfastlora.trainer.errors import ConfigError
@@ -293,6 +293,8 @@ def test_the_reference_page_lists_every_key():
     assert page() == written, "run python -m pyfastlora.trainer.config.reference > docs/config.md"
     for name in [*Config.model_fields, *FOREIGN]:
         assert f"\n| `{name}` |" in written
+    for _, schema in sections():
+        assert all(f"\n| `{name}` |" in written for name in schema.model_fields), schema
 
 
 @pytest.mark.parametrize(

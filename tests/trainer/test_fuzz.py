@@ -201,9 +201,9 @@ def test_data_files(tmp_path, make_tokenizer):
 
 def test_runs_on_data_files(tmp_path, config_file):
     """Through the command line: trained and saved, or exit code 3 and no output."""
-    chosen, codes = random.Random(1), {0: 0, 3: 0}
+    chosen, codes, seeds = random.Random(1), {0: 0, 3: 0}, list(files(tmp_path))
     for _ in range(RUNS):
-        name, kind, content = chosen.choice(list(files(tmp_path)))
+        name, kind, content = chosen.choice(seeds)
         path = tmp_path / name
         path.write_bytes(mutated_bytes(content, chosen))
         config = config_file(path)

@@ -12,7 +12,15 @@ from pathlib import Path
 import yaml
 
 from pyfastlora.trainer.config import yaml_lines
-from pyfastlora.trainer.config.foreign import FOREIGN, FOREIGN_OF_DATASETS, Fate, Note, Translation, is_off
+from pyfastlora.trainer.config.foreign import (
+    FOREIGN,
+    FOREIGN_OF_DATASETS,
+    SECTIONS,
+    Fate,
+    Note,
+    Translation,
+    is_off,
+)
 from pyfastlora.trainer.config.load import read_text, show
 from pyfastlora.trainer.errors import ConfigError
 
@@ -52,13 +60,14 @@ def convert(path: str | Path) -> Converted:
 
 def _foreign(root: yaml.Node, values: dict[str, object]) -> Iterator[_Key]:
     yield from _in_mapping(root, values, FOREIGN)
-    for section in ("datasets", "test_datasets"):
-        for key, value in root.value:
-            entries = values.get(section)
-            if key.value == section and isinstance(value, yaml.SequenceNode) and isinstance(entries, list):
-                for node, entry in zip(value.value, entries, strict=True):
-                    if isinstance(node, yaml.MappingNode):
-                        yield from _in_mapping(node, entry, FOREIGN_OF_DATASETS)
+    for key, value in root.value:
+        if key.value not in SECTIONS:
+            continue
+        entries = values[key.value]
+        nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        for node, entry in zip(nodes, entries if isinstance(entries, list) else [entries], strict=True):
+            if isinstance(node, yaml.MappingNode) and isinstance(entry, dict):
+                yield from _in_mapping(node, entry, FOREIGN_OF_DATASETS)
 
 
 def _in_mapping(node: yaml.Node, values: dict[str, object], known: Mapping[str, Fate]) -> Iterator[_Key]:

@@ -49,7 +49,7 @@ ChatTemplate = Literal["tokenizer_default", "tokenizer_default_fallback_chatml",
 
 
 class SourceKeys(Keys):
-    """Where rows are."""
+    """Where the rows of an entry of datasets, test_datasets or pretraining_dataset are."""
 
     path: str = Field(description="a file, a folder, or a dataset on the Hugging Face hub (owner/name)")
     ds_type: Literal["json", "csv", "parquet", "arrow", "text"] | None = Field(

@@ -214,6 +214,8 @@ FOREIGN: dict[str, Fate] = {
     "hub_strategy": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
 }
 
+#: Where the entries stand that FOREIGN_OF_DATASETS is about.
+SECTIONS = ("datasets", "test_datasets", "pretraining_dataset")
 FOREIGN_OF_DATASETS: dict[str, Fate] = {
     "train_on_split": Translation("split"),
     "conversation": Refusal("say chat_template: chatml, or chat_template: jinja and its text"),

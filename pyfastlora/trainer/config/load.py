@@ -22,6 +22,7 @@ from pyfastlora.trainer.config import yaml_lines
 from pyfastlora.trainer.config.foreign import (
     FOREIGN,
     FOREIGN_OF_DATASETS,
+    SECTIONS,
     Fate,
     Note,
     Refusal,
@@ -53,7 +54,6 @@ _WANTED = {
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
     "string_too_short": "text that is not empty",
-    "too_short": "a list of at least {min_length}",
 }
 
 
@@ -214,8 +214,10 @@ class _Reading:
 
     def _foreign_keys(self) -> None:
         self._explain((), self.values, FOREIGN)
-        for section in ("datasets", "test_datasets", "pretraining_dataset"):
+        for section in SECTIONS:
             entries = self.values.get(section)
+            if isinstance(entries, dict):  # one entry alone
+                self._explain((section,), entries, FOREIGN_OF_DATASETS)
             for i, entry in enumerate(entries if isinstance(entries, list) else []):
                 if isinstance(entry, dict):
                     self._explain((section, i), entry, FOREIGN_OF_DATASETS)
@@ -350,13 +352,13 @@ def _nearest(path: yaml_lines.Path) -> str:
     key, model = str(path[-1]), _model_at(path[:-1])
     if model and (hint := _suggest(key, model.model_fields, in_config=model is Config)):
         return hint
-    for section, other in _sections():
+    for section, other in sections():
         if other is not model and key in other.model_fields:
             return f"; it is a key of {section}"
     return ""
 
 
-def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+def sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Where keys can stand, and the schema of each place."""
     yield "the top level", Config
     for name, field in Config.model_fields.items():

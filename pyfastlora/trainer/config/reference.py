@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pyfastlora.trainer.config.adapter import AdapterKeys
-from pyfastlora.trainer.config.data import DataKeys, DatasetKeys, TemplateKeys
+from pyfastlora.trainer.config.data import DataKeys, DatasetKeys, PretrainingKeys, SourceKeys, TemplateKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, FOREIGN_OF_DATASETS, Fate, Note, Translation
 from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
@@ -23,7 +23,7 @@ from pyfastlora.trainer.config.values import Keys
 
 _GROUPS: tuple[type[Keys], ...] = (
     *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, RunKeys),
-    *(DatasetKeys, TemplateKeys, SpecialTokens, BnbKeys, CheckpointingKeys),
+    *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens, BnbKeys, CheckpointingKeys),
 )
 
 

@@ -49,15 +49,18 @@ class PreparedData:
         """Rows of an epoch, packed or not; 0 where they are streamed."""
         return 0 if isinstance(self.train, Stream) else len(self.train)
 
+    def counted(self) -> list[str]:
+        """A readable line for each dataset of which rows were read."""
+        return [_line(key, c) for key, c in self.counts.items() if c.rows]
+
     def lines(self) -> list[str]:
         """The same as a few readable lines."""
-        text = [_line(key, c) for key, c in self.counts.items() if c.rows]
         if self.train_samples is None:
             trained = "pretraining_dataset is read as it is needed"
         else:
             trained = f"{self.train_samples} samples to train on"
         held_out = f", {self.held_out_samples} held out" if self.held_out_samples else ""
-        return [*text, trained + held_out]
+        return [*self.counted(), trained + held_out]
 
 
 def prepare(

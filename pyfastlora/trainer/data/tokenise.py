@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.prompt import Piece, PromptType
 from pyfastlora.trainer.data.registry import fitting_types
 from pyfastlora.trainer.data.sources import NumberedRow
@@ -22,6 +21,8 @@ from pyfastlora.trainer.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
     from transformers import PreTrainedTokenizerBase
+
+    from pyfastlora.trainer.config import Config
 
 IGNORED = -100  # torch's cross_entropy leaves targets of this value out
 ROWS_AT_ONCE = 1000  # a batch is tokenised on all cores
