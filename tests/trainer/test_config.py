@@ -9,8 +9,9 @@ import yaml
 
 from pyfastlora.trainer.config import Config, DatasetKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, Refusal, Translation
-from pyfastlora.trainer.config.load import load_config, sections
+from pyfastlora.trainer.config.load import load_config
 from pyfastlora.trainer.config.reference import page
+from pyfastlora.trainer.config.wording import sections
 from pyfastlora.trainer.data.registry import CHATS, prompt_type_names
 from pyfastlora.trainer.errors import ConfigError
 

@@ -4,7 +4,7 @@ The names are Axolotl's. A key has one of three fates: it is a field of the sche
 lists it, refused or explained; or it is unknown and refused. Nothing is ignored in silence.
 
 The schema is flat, as the file is; a module here has the keys of one subject, rules.py what holds between
-keys. load.py reads files and words the errors, reference.py prints the pages.
+keys. load.py reads files, wording.py has the words of the errors, reference.py prints the page.
 """
 
 from pyfastlora.trainer.config.data import DatasetKeys, SourceKeys, TemplateKeys

@@ -21,7 +21,8 @@ from pyfastlora.trainer.config.foreign import (
     Translation,
     is_off,
 )
-from pyfastlora.trainer.config.load import read_text, show
+from pyfastlora.trainer.config.load import read_text
+from pyfastlora.trainer.config.wording import show
 from pyfastlora.trainer.errors import ConfigError
 
 

@@ -7,16 +7,14 @@ the file would. `base_config: other.yaml` is read first: mappings are joined key
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from pyfastlora.trainer.config import yaml_lines
 from pyfastlora.trainer.config.foreign import (
@@ -30,32 +28,8 @@ from pyfastlora.trainer.config.foreign import (
 )
 from pyfastlora.trainer.config.rules import RULES
 from pyfastlora.trainer.config.schema import Config
+from pyfastlora.trainer.config.wording import nearest, show, spell, suggest, wanted
 from pyfastlora.trainer.errors import ConfigError
-
-# What each of pydantic's error types means to someone who writes YAML.
-_WANTED = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping of keys to values",
-    "model_type": "a mapping of keys to values",
-    "model_attributes_type": "a mapping of keys to values",
-    "greater_than": "greater than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-    "string_too_short": "text that is not empty",
-}
-
 
 BASE = "base_config"
 Places = dict[yaml_lines.Path, yaml_lines.Place]
@@ -182,9 +156,9 @@ class _Reading:
         for i, part in enumerate(path):
             if isinstance(part, int):
                 if not isinstance(target, list) or part >= len(target):
-                    raise ConfigError(f"--set {key}: {_spell(path[:i])} has no entry {part}")
+                    raise ConfigError(f"--set {key}: {spell(path[:i])} has no entry {part}")
             elif not isinstance(target, dict):
-                raise ConfigError(f"--set {key}: {_spell(path[:i])} has no keys")
+                raise ConfigError(f"--set {key}: {spell(path[:i])} has no keys")
             if i == len(path) - 1:
                 target[part] = yaml_lines.parse_scalar(value, f"--set {key}")
             elif isinstance(part, str):
@@ -229,15 +203,15 @@ class _Reading:
             if is_off(value):
                 continue
             if isinstance(fate, Note):
-                self.notes.append(f"{_spell(path)}: {fate.sentence}")
+                self.notes.append(f"{spell(path)}: {fate.sentence}")
             elif isinstance(fate, Refusal):
-                self.problem(path, f"{_spell(path)}: {show(value)} cannot be had: {fate.sentence}")
+                self.problem(path, f"{spell(path)}: {show(value)} cannot be had: {fate.sentence}")
             elif not is_off(values.get(fate.key)):
                 self.problem(path, f"{key} and {fate.key} say the same in two ways; keep {fate.key}")
             else:
                 values[fate.key] = fate.value_of(value)
                 self.places[(*at, fate.key)] = self.places.get(path, yaml_lines.Place(0, 0, "--set"))
-                self.notes.append(f"{_spell(path)}: read as {fate.key}: {show(values[fate.key])}")
+                self.notes.append(f"{spell(path)}: read as {fate.key}: {show(values[fate.key])}")
 
     def _drop_blank_keys(self) -> None:
         for key in [k for k, v in self.values.items() if v is None and k in Config.model_fields]:
@@ -267,9 +241,9 @@ class _Reading:
     def _field_problem(self, error: Any, strict: bool) -> None:
         loc, kind = error["loc"], error["type"]
         path = loc if kind == "missing" else _written_path(loc, self.values)
-        key = _spell(path)
+        key = spell(path)
         if kind == "extra_forbidden":
-            sentence = f"{key}: unknown key{_nearest(path)}"
+            sentence = f"{key}: unknown key{nearest(path)}"
             if strict or len(path) > 1:
                 self.problem(path, sentence)
             else:
@@ -279,15 +253,15 @@ class _Reading:
         elif kind == "value_error":  # our own validators word the whole condition
             sentence = str(error["ctx"]["error"])
             allowed = re.findall(r"[\w.]+", sentence.partition("; got")[0].partition("one of")[2])
-            hint = _suggest(str(error["input"]), allowed)
+            hint = suggest(str(error["input"]), allowed)
             self.problem(
                 path, f"{key} {sentence}{hint}" if sentence.startswith("must") else f"{key}: {sentence}"
             )
         else:
-            wanted = _wanted(path, error)
-            allowed = re.findall(r"\w+", wanted) if kind == "literal_error" else []
-            hint = _suggest(str(error["input"]), allowed)
-            self.problem(path, f"{key} must be {wanted}; got {show(error['input'])}{hint}")
+            needed = wanted(path, error)
+            allowed = re.findall(r"\w+", needed) if kind == "literal_error" else []
+            hint = suggest(str(error["input"]), allowed)
+            self.problem(path, f"{key} must be {needed}; got {show(error['input'])}{hint}")
 
     def _conflict(self, keys: tuple[str, ...], sentence: str) -> None:
         path = next((p for k in keys if (p := _parse_path(k)) and self.where(p)[1] != self.name), ())
@@ -307,13 +281,6 @@ def _parse_path(text: str) -> yaml_lines.Path | None:
     return tuple(int(p) if p.isdigit() else p for p in re.findall(r"\w+", text))
 
 
-def _spell(path: yaml_lines.Path) -> str:
-    text = ""
-    for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
 def _written_path(loc: tuple[str | int, ...], values: Any) -> yaml_lines.Path:
     """The parts of loc that exist in the file: pydantic puts the members of a union between them."""
     path: list[str | int] = []
@@ -324,96 +291,3 @@ def _written_path(loc: tuple[str | int, ...], values: Any) -> yaml_lines.Path:
             values = values[part]  # type: ignore[index]
             path.append(part)
     return tuple(path)
-
-
-def _model_at(path: yaml_lines.Path) -> type[BaseModel] | None:
-    """The schema whose keys stand at path."""
-    model: type[BaseModel] | None = Config
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if model else None
-        if field is None:
-            return None
-        model = next(_models_in(field.annotation), None)
-    return model
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The schemas of an annotation, inside lists and unions too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models_in(inner)
-
-
-def _nearest(path: yaml_lines.Path) -> str:
-    """What may have been meant by an unknown key: one of its neighbours, or one that belongs elsewhere."""
-    key, model = str(path[-1]), _model_at(path[:-1])
-    if model and (hint := _suggest(key, model.model_fields, in_config=model is Config)):
-        return hint
-    for section, other in sections():
-        if other is not model and key in other.model_fields:
-            return f"; it is a key of {section}"
-    return ""
-
-
-def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """Where keys can stand, and the schema of each place."""
-    yield "the top level", Config
-    for name, field in Config.model_fields.items():
-        for model in _models_in(field.annotation):
-            yield name, model
-
-
-def _section_of(key: str) -> str:
-    """The subject of a key at the top level: that of the class that has it."""
-    owner = next(group for group in Config.__mro__ if key in inspect.get_annotations(group))
-    return owner.__name__.removesuffix("Keys").lower()
-
-
-# A value of a union fails once per member; these say what the key takes as a whole, and of chat_template what
-# the names mean to someone who knows Axolotl's.
-_UNIONS = {
-    "bf16": "true, false, auto or full",
-    "tf32": "true, false or auto",
-    "adapter": "lora, qlora or nothing",
-    "sample_packing": "true, false or auto",
-    "lora_target_modules": "a list of module names, or one regular expression",
-    "data_files": "a file name or a list of them",
-    "type": "a name, or a mapping that is a template",
-    "chat_template": (
-        "tokenizer_default (the one that comes with the model), tokenizer_default_fallback_chatml, chatml, "
-        "or jinja with its text in chat_template_jinja"
-    ),
-}
-
-
-def _wanted(path: yaml_lines.Path, error: Any) -> str:
-    if path[-1] in _UNIONS:
-        return _UNIONS[str(path[-1])]
-    context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
-    wanted = _WANTED.get(error["type"])
-    return wanted.format(**context).replace("'", "") if wanted else error["msg"].lower()
-
-
-def _suggest(found: str, known: Iterable[str], *, in_config: bool = False) -> str:
-    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
-    if not close:
-        return ""
-    section = f" ({_section_of(close[0])} keys)" if in_config else ""
-    return f"; did you mean {close[0]}?{section}"
-
-
-def show(value: Any) -> str:
-    """A value as it stands in YAML, short."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "nothing"
-    if isinstance(value, dict):
-        return "a mapping"
-    if isinstance(value, list):
-        return "a list"
-    text = f'"{value}"' if isinstance(value, str) else str(value)
-    return text if len(text) <= 60 else text[:57] + '..."'
