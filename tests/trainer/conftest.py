@@ -120,3 +120,31 @@ def config_file(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """load(text, *overrides): the LoadedConfig of cfg.yaml with that text, in a folder of the test."""
+    from pyfastlora.trainer.config.load import load_config
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(text: str, *overrides: str) -> Any:
+        Path("cfg.yaml").write_text(text)
+        return load_config("cfg.yaml", overrides)
+
+    return run
+
+
+@pytest.fixture
+def mistakes(load: Callable[..., Any]) -> Callable[..., list[str]]:
+    """mistakes(text, *overrides): the sentences about a file that is refused."""
+    from pyfastlora.trainer.errors import ConfigError
+
+    def run(text: str, *overrides: str) -> list[str]:
+        with pytest.raises(ConfigError) as error:
+            load(text, *overrides)
+        assert error.value.exit_code == 2
+        return str(error.value).splitlines()
+
+    return run
