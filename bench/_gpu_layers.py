@@ -36,7 +36,8 @@ from bench._stream import Row, Sink, reason_of, serve
 from bench._subjects import FEATURES, Feature, adapt, quantise
 from bench._timing import interleave
 from bench.cost_model import MODELS, Shape
-from pyfastlora.fused.projections import Projection, fused_projections
+from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projections import fused_projections
 from pyfastlora.weights.bnb_4bit import Bnb4bitWeight
 
 RANK = 16

@@ -12,7 +12,7 @@ from accuracy import DEVICE, bitsandbytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pyfastlora.fused.projections import Projection
+from pyfastlora.fused.projection import Projection
 from pyfastlora.weights import FrozenWeight
 from pyfastlora.weights.bnb_4bit import Bnb4bitWeight
 from pyfastlora.weights.bnb_8bit import Bnb8bitWeight

@@ -23,17 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfastlora.fused.modes import no_autocast, obeying, output_like
+from pyfastlora.fused.projection import PER_PROJECTION, Projection, check, output_dtype
 from pyfastlora.fused.projections import (
-    PER_PROJECTION,
     Kept,
     Part,
-    Projection,
     as_kept,
-    check,
     inner_grads,
     input_grad,
     outer_grads,
-    output_dtype,
     restore,
     run_backward,
     run_forward,

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyfastlora.fused import extension
-from pyfastlora.fused.modes import autocast_dtype, no_autocast, obeying, output_like
+from pyfastlora.fused.modes import no_autocast, obeying, output_like
+from pyfastlora.fused.projection import PER_PROJECTION, Projection, base_dtype, check, dropped_dtype
 from pyfastlora.ops import (
     DropoutMask,
     dora_grad,
@@ -47,40 +48,6 @@ from pyfastlora.ops import (
 )
 from pyfastlora.ops._registry import requests_in_force
 from pyfastlora.ops._shapes import as_dtype, rows_of, stack
-from pyfastlora.weights import FrozenWeight
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """One linear of the region: the frozen weight W [O, I] and what PEFT adds to it.
-
-    lora_A [r, I] and lora_B [O, r] come together or not at all. `dropout` is the probability in force for
-    this call (0 in eval mode). `lora_bias` [O] is multiplied by `scaling`, as PEFT does; it does not go with
-    DoRA's `magnitude` [O].
-    """
-
-    weight: FrozenWeight
-    bias: Tensor | None = None
-    lora_A: Tensor | None = None  # noqa: N815  (PEFT's names)
-    lora_B: Tensor | None = None  # noqa: N815
-    lora_bias: Tensor | None = None
-    scaling: float = 1.0
-    dropout: float = 0.0
-    magnitude: Tensor | None = None
-
-    @property
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        """What may take a gradient."""
-        return self.bias, self.lora_A, self.lora_B, self.lora_bias, self.magnitude
-
-    def is_same(self, other: Projection) -> bool:
-        """Whether `other` is made of the same tensors in the same way."""
-        return (
-            (self.scaling, self.dropout, self.weight.settings)
-            == (other.scaling, other.dropout, other.weight.settings)
-            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
-            and _is_same_memory(self.weight.tensors[0], other.weight.tensors[0])
-        )
 
 
 def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
@@ -96,40 +63,11 @@ def fused_projections(x: Tensor, projections: Sequence[Projection]) -> list[Tens
     return list(_FusedProjections.apply(x, tuple(projections), *tensors))
 
 
-PER_PROJECTION = 5
 # Where S and dS are rounded as PEFT rounds them, and where in that case the adapter's part, which PEFT rounds
 # then, too, is written first and the base product added to it (beta = 1): 26 us and a read of which a third
 # shows, for the 50 us of adding it in place; T = 8192, 4096 wide, bfloat16, H200. On a CPU oneDNN's beta = 1
 # costs what our pass does: 2.01 ms against 1.98, T = 512, 2048 x 2048, bfloat16, Xeon.
 ROUND_AS_PEFT = {"cuda"}
-
-
-def _is_same_memory(a: Tensor, b: Tensor) -> bool:
-    # Packed weights are read through a new view each time; a graph that is traced has no addresses.
-    return a is b or torch.compiler.is_compiling() or a.data_ptr() == b.data_ptr()
-
-
-def check(op: str, name: str, shape: Sequence[int], p: Projection) -> None:
-    """Raise ValueError unless p's tensors fit one another and an input called `name` of this shape."""
-    outer, inner = p.weight.shape
-    if not shape or shape[-1] != inner:
-        raise ValueError(
-            f"{op}: {name} must end in {inner} columns for W {[outer, inner]}; got {list(shape)}"
-        )
-    if (p.lora_A is None) != (p.lora_B is None):
-        raise ValueError(f"{op}: lora_A and lora_B come together; one of them is missing")
-    if p.lora_A is None or p.lora_B is None:
-        if p.magnitude is not None or p.lora_bias is not None:
-            raise ValueError(f"{op}: magnitude and lora_bias need lora_A and lora_B")
-        return
-    ranks = p.lora_A.shape[0]
-    if tuple(p.lora_A.shape) != (ranks, inner) or tuple(p.lora_B.shape) != (outer, ranks):
-        raise ValueError(
-            f"{op}: lora_A [r, I] and lora_B [O, r] must fit W {[outer, inner]}; "
-            f"got {list(p.lora_A.shape)} and {list(p.lora_B.shape)}"
-        )
-    if p.magnitude is not None and p.lora_bias is not None:
-        raise ValueError(f"{op}: DoRA with a bias on lora_B is not a formula of PEFT's forward")
 
 
 @dataclass(slots=True)
@@ -242,10 +180,10 @@ def run_forward(
     kept = [_plan(x, p, cast) for p in projections]
     for p, k in zip(projections, kept, strict=True):
         if p.lora_A is not None and p.dropout > 0:
-            k.mask = dropout_mask(x, p.dropout, _dropped_dtype(x.dtype, x.device.type, p, cast))
+            k.mask = dropout_mask(x, p.dropout, dropped_dtype(x.dtype, x.device.type, p, cast))
     _shrink(rows, projections, kept)
     return [
-        _forward(rows, p, k, _output_dtype(x, p, k.compute, cast))
+        _forward(rows, p, k, base_dtype(x, p, k.compute, cast))
         for p, k in zip(projections, kept, strict=True)
     ], kept
 
@@ -500,29 +438,3 @@ def _add_base_grad(part: Part, dx: Tensor | None) -> Tensor:
     second = p.weight.input_grad(dz.to(k.wide), stored=True).to(exact)
     grad = dropout_apply(second, k.mask, out=second).add_(p.weight.input_grad(dy.to(k.gradient)))
     return grad if dx is None else grad.add_(dx)
-
-
-def output_dtype(x: Tensor, p: Projection) -> torch.dtype:
-    """The dtype of the projection's output for x, under the autocast in force."""
-    cast = autocast_dtype(x)
-    return _output_dtype(x, p, p.weight.compute_dtype(x, cast), cast)
-
-
-def _output_dtype(x: Tensor, p: Projection, compute: torch.dtype, cast: torch.dtype | None) -> torch.dtype:
-    """The base layer's; over a quantised one, under CUDA's autocast, PEFT leaves the sum as it comes out."""
-    dtype = p.weight.output_dtype(x, compute)
-    if p.lora_A is None or _casts(x.device.type, p, cast) or cast is None:
-        return dtype
-    return torch.promote_types(dtype, cast if p.magnitude is None else p.magnitude.dtype)
-
-
-def _dropped_dtype(x: torch.dtype, device: str, p: Projection, cast: torch.dtype | None) -> torch.dtype:
-    """Of what PEFT's dropout is given: a GPU draws another mask for another dtype."""
-    return p.lora_A.dtype if p.lora_A is not None and _casts(device, p, cast) else x
-
-
-def _casts(device: str, p: Projection, cast: torch.dtype | None) -> bool:
-    """Whether PEFT's layer casts its input to the adapter's dtype, and its output to the base layer's: those
-    for quantised weights do unless `torch.is_autocast_enabled()`, which asks CUDA's autocast alone.
-    """
-    return not (p.weight.is_quantised and device == "cuda" and cast is not None)

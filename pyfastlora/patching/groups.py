@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyfastlora.fused.projections import Projection
+from pyfastlora.fused.projection import Projection
 
 Groups = list[tuple[int, ...]]
 

@@ -16,7 +16,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pyfastlora.fused.projections import Projection, fused_projections
+from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projections import fused_projections
 from pyfastlora.ops._registry import backend
 from pyfastlora.patching.conditions import PLAIN, Kind
 from pyfastlora.patching.groups import Siblings

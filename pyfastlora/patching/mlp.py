@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfastlora.fused.mlp import fused_mlp, product_dtype
-from pyfastlora.fused.projections import Projection
+from pyfastlora.fused.projection import Projection
 from pyfastlora.patching.layers import STATE, FusedForward, LayerState, by_backend, count, reader_of
 from pyfastlora.patching.match import GatedMLP, activation_of, could_be_gated_mlp, match
 from pyfastlora.patching.read import read

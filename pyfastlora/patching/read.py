@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pyfastlora.fused.embedding import AdaptedEmbedding
-from pyfastlora.fused.projections import Projection
+from pyfastlora.fused.projection import Projection
 from pyfastlora.patching import conditions, conditions_embedding
 from pyfastlora.patching.conditions import Call, Kind
 from pyfastlora.weights import FrozenWeight

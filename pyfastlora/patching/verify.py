@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyfastlora.fused.embedding import AdaptedEmbedding, fused_embedding
-from pyfastlora.fused.projections import Projection, fused_projections
+from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projections import fused_projections
 from pyfastlora.patching.conditions import Kind, active_adapters
 from pyfastlora.patching.layers import FusedForward
 from pyfastlora.patching.match import GatedMLP

@@ -14,7 +14,7 @@ from peft_layers import Features, in_float64, peft_layer, projection_of, trainab
 from torch import nn
 
 from pyfastlora.fused.mlp import fused_mlp
-from pyfastlora.fused.projections import Projection
+from pyfastlora.fused.projection import Projection
 from pyfastlora.ops.glu import ACTS
 from pyfastlora.weights.dense import DenseWeight
 

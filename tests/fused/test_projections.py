@@ -14,7 +14,8 @@ from accuracy import DEVICE, assert_as_exact_on_average, error, name_of, noise
 from peft_layers import FEATURES, SOME_FEATURES, Features, in_float64, peft_layer, projection_of, trainables
 
 from pyfastlora.fused import projections as region
-from pyfastlora.fused.projections import Projection, fused_projections
+from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projections import fused_projections
 from pyfastlora.weights.dense import DenseWeight
 
 SEEDS = range(3)
