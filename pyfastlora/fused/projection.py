@@ -1,4 +1,4 @@
-"""One adapted linear, as a fused region sees it: its tensors, whether they fit, and the dtypes of PEFT's layer."""
+"""One adapted linear as a fused region sees it: its tensors, whether they fit, and the dtypes of PEFT."""
 
 from __future__ import annotations
 
