@@ -14,7 +14,7 @@ from accuracy import DEVICE, assert_as_exact_on_average, error, name_of, noise
 from peft_layers import FEATURES, SOME_FEATURES, Features, in_float64, peft_layer, projection_of, trainables
 
 from pyfastlora.fused import projections as region
-from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projection import Projection, base_dtype, dropped_dtype
 from pyfastlora.fused.projections import fused_projections
 from pyfastlora.weights.dense import DenseWeight
 
@@ -148,13 +148,10 @@ def test_as_exact_as_peft_under_autocast(features, base, x, kind):
 def test_where_pefts_layer_casts(features, kind, device, cast, casts):
     """peft/tuners/lora/bnb.py: requires_conversion. It decides on the mask's dtype and on the output's."""
     p = projection_of(peft_layer(features, torch.bfloat16, torch.float32, kind=kind))
-    assert region._casts(device, p, cast) == casts
-    assert region._dropped_dtype(torch.bfloat16, device, p, cast) == (
-        torch.float32 if casts else torch.bfloat16
-    )
+    assert dropped_dtype(torch.bfloat16, device, p, cast) == (torch.float32 if casts else torch.bfloat16)
     x = noise(1, 128, dtype=torch.bfloat16)
     if device == x.device.type:
-        assert region._output_dtype(x, p, torch.bfloat16, cast) == torch.bfloat16
+        assert base_dtype(x, p, torch.bfloat16, cast) == torch.bfloat16
 
 
 SIBLINGS = [Features(rank=3), Features(dropout=0.2), Features(dora=True, base_bias=True)]
