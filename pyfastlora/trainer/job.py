@@ -59,6 +59,8 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     import pyfastlora
     from pyfastlora.trainer import model as models
     from pyfastlora.trainer.data.prepare import prepare
+    from pyfastlora.trainer.memory import Meter
+    from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.training import make_trainer
 
@@ -72,6 +74,8 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         data = prepare(config, tokenizer, bar.update)
     for line in data.lines():
         console.say(line)
+    memory = RunMemory.of(config, tokenizer, data.train)
+    console.say(memory.line)
 
     set_seed(config.seed)  # before the adapter draws its A
     base = models.load_base(config, precision, device)
@@ -90,11 +94,13 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     run_dir.create(loaded)
     kernels = _save_kernels(run_dir, report)
     run_dir.write_json("data.json", data.report)
+    run_dir.write_json("plan.json", memory.to_dict())
     run_dir.log(
         "start", {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
     )
     progress = _Progress(run_dir, console)
     trainer = make_trainer(model, data, config, precision, device, pad_id, progress)
+    trainer.meter = Meter(model, device)
     started = time.perf_counter()
     with progress.shown():
         trainer.restart_clock()
@@ -105,6 +111,8 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
         run_dir.write_json("data.json", data.report)
         for line in data.counted():
             console.say(line)
+    run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
+    console.say(memory.line)
     models.save(model, run_dir.path)
     tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:
@@ -216,6 +224,11 @@ class _Progress:
         if event == "eval":
             self.held_out_loss = values["eval_loss"]
             self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
+            return
+        if event == "spike":
+            samples = ", ".join(map(str, values.get("samples", [])[:8]))
+            spike = f"loss {values['loss']:.4f} is a spike; samples {samples}"
+            self._console.say(f"step {values['step']}: {spike}")
             return
         self._tokens += values["tokens"]
         self._seconds += values["seconds"]

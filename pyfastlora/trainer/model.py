@@ -108,7 +108,7 @@ def add_adapter(
     """
     if config.adapter is None:
         if len(tokenizer) > vocabulary_of(model):
-            model.resize_token_embeddings(len(tokenizer))
+            _resize(model, len(tokenizer))
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -203,7 +203,12 @@ def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTraine
             f"lora_modules_to_save: the tokenizer has {len(tokenizer)} tokens, {config.base_model} has "
             f"embeddings for {rows}; add {name} and the output head, so that the rest is trained and saved"
         )
-    model.resize_token_embeddings(len(tokenizer))
+    _resize(model, len(tokenizer))
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    # new rows are drawn around the mean of the others, which the meta device does not have
+    model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
 
 
 def _targets(model: nn.Module, config: Config) -> list[str] | str:

@@ -1,14 +1,16 @@
 """transformers' Trainer, set up from a configuration: the only file that knows Trainer's insides.
 
 What differs from Trainer as it comes: evaluation averages the loss over tokens (Trainer averages over
-batches), every logged step carries token counts and throughput, a loss that is not finite stops the run,
-and everything logged goes to a Listener instead of to Trainer's printers.
+batches), every logged step carries token counts and throughput, a loss that is not finite stops the run
+(watch.py), and everything logged goes to a Listener instead of to Trainer's printers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,9 +29,10 @@ from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
-from pyfastlora.trainer.errors import UserError
+from pyfastlora.trainer.memory import Meter
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
+from pyfastlora.trainer.watch import Watch, per_token
 
 
 class Listener(Protocol):
@@ -40,7 +43,7 @@ class Listener(Protocol):
     def stepped(self, step: int) -> None: ...
 
     def logged(self, event: str, values: dict[str, Any]) -> None:
-        """event is `train` (every logging_steps), or `eval` (after every evaluation)."""
+        """event is `train` (every logging_steps), `eval` (after every evaluation) or `spike` (a loss)."""
 
 
 def make_trainer(
@@ -62,6 +65,7 @@ def make_trainer(
         callbacks=[_Steps(listener)],
     )
     trainer.listener = listener
+    trainer.watch = Watch(data.train, config, Path(config.output_dir).expanduser())
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -77,6 +81,8 @@ class FastloraTrainer(Trainer):
     """Trainer with token counts, token-weighted evaluation and a Listener."""
 
     listener: Listener
+    watch: Watch
+    meter: Meter | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -90,7 +96,11 @@ class FastloraTrainer(Trainer):
     ) -> torch.Tensor:
         counted = (inputs.pop("tokens"), (inputs["labels"][:, 1:] != IGNORED).sum())
         self._counts += torch.stack([count.to(self._counts.device) for count in counted])
-        return super().training_step(model, inputs, num_items_in_batch)
+        metered = self.meter.watching(inputs["input_ids"].numel()) if self.meter else contextlib.nullcontext()
+        with metered:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.saw(self.state.global_step + 1, inputs, per_token(loss, counted[1], num_items_in_batch))
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -126,11 +136,8 @@ class FastloraTrainer(Trainer):
         super().log(logs, start_time)
         if event is not None:
             self.listener.logged(event, {"step": self.state.global_step, **logs})
-        if event == "train" and not math.isfinite(logs["loss"]):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}, so training stopped; a lower "
-                "learning_rate, more warmup_steps or a smaller max_grad_norm usually helps"
-            )
+        if event == "train" and (spike := self.watch.logged(self.state.global_step, logs["loss"])):
+            self.listener.logged("spike", spike)
 
     def _throughput(self) -> dict[str, Any]:
         """Counts since the last call; the time of evaluations in between is left out."""
