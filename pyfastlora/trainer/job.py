@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,16 +44,31 @@ class Result:
 
 def train(loaded: LoadedConfig, console: Console) -> Result:
     """Runs the job. Raises UserError for whatever the user can put right."""
-    config = loaded.config
-    run_dir = RunDir(config.output_dir)
+    return run(loaded, RunDir(loaded.config.output_dir), console)
+
+
+def run(
+    loaded: LoadedConfig,
+    run_dir: RunDir,
+    console: Console,
+    choose: Callable[[PreparedData, Config], PreparedData] | None = None,
+) -> Result:
+    """The same in another folder, and with what `choose` leaves of the data."""
+    from pyfastlora.trainer.out_of_memory import out_of_memory_explained
+
     run_dir.check()
     for note in loaded.notes:
         console.say(f"note: {note}")
-    with libraries_quiet(), _backend_requests_checked():
-        return _run(loaded, run_dir, console)
+    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config):
+        return _run(loaded, run_dir, console, choose)
 
 
-def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
+def _run(
+    loaded: LoadedConfig,
+    run_dir: RunDir,
+    console: Console,
+    choose: Callable[[PreparedData, Config], PreparedData] | None,
+) -> Result:
     from transformers import set_seed
 
     import pyfastlora
@@ -90,6 +105,8 @@ def _run(loaded: LoadedConfig, run_dir: RunDir, console: Console) -> Result:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if config.sample_packing and _keeps_apart(model, config, pad_id, device, console):
         data = _packed(data, config, console)
+    if choose is not None:
+        data = choose(data, config)
 
     run_dir.create(loaded)
     kernels = _save_kernels(run_dir, report)

@@ -131,6 +131,13 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator had nothing left: of a GPU, of torch's on a CPU, or Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def memory_of(device: torch.device) -> int:
     """Bytes: of the GPU, all; of the machine or this process' control group, what is free to be used."""
     if device.type == "cuda":

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyfastlora.trainer.config import BNB_OPTIMIZERS, Config
 from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.precision import Precision
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         arguments |= {"quantization_config": _bnb_config(config, precision), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **arguments)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"base_model: {config.base_model} cannot be loaded: {first_line(error)}") from error
     if config.bits == 4 and device.type == "cpu":
         _make_4bit_trainable_on_cpu(model, config.base_model)
