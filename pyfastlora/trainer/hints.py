@@ -34,8 +34,8 @@ HINTS = (
     ),
     Hint(
         r"(?s)NCCL.*tim(ed|e) ?out|collective operation timeout|Watchdog caught",
-        "a process waited for another in vain: raise ddp_timeout where one has more to do (an evaluation); try "
-        " NCCL_P2P_LEVEL=NVL or NCCL_P2P_DISABLE=1 where GPUs cannot reach each other; NCCL_DEBUG=INFO "
+        "a process waited for another in vain: raise ddp_timeout where one has more to do; try "
+        "NCCL_P2P_LEVEL=NVL or NCCL_P2P_DISABLE=1 where GPUs cannot reach each other; NCCL_DEBUG=INFO "
         "says more",
     ),
     Hint(

@@ -6,6 +6,7 @@ state that is counted as another, a change that is advised and does not help.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
@@ -59,7 +60,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(family: str) -> Path:
         if family not in made:
             heads = {} if family == "gpt_neox" else {"num_key_value_heads": 2}
-            sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3}
+            sizes = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2}
             config = AutoConfig.for_model(
                 family, **sizes, **heads, num_attention_heads=4, vocab_size=VOCABULARY, pad_token_id=0
             )
@@ -109,6 +110,7 @@ def allocated_peak(work: Callable[[], object]) -> int:
     """The most bytes that torch's allocator had given out at once since work() began."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what the profile before has seen made counts when it is freed
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -148,7 +150,7 @@ def test_the_plan_is_what_steps_take(config, family, overrides):
     held = storage_bytes(held_by(trainer.model))
     measured = held + allocated_peak(trainer.train)
     plan = planned(config)
-    assert plan.total == pytest.approx(measured, rel=0.15)
+    assert plan.total == pytest.approx(measured, rel=0.05)  # 0.15 is promised
     assert plan.parts["activations"] > 0.2 * plan.total  # else the weights alone would have agreed
 
 
@@ -186,15 +188,19 @@ def test_states_are_those_that_the_optimizer_makes(optimizer, tmp_path):
 
 
 def test_engines_divide_what_they_say(config):
-    config = config("adapter=", "lora_target_linear=")
+    config = config("adapter=", "lora_target_linear=", "gradient_accumulation_steps=2")
     alone = planned(config).parts
     trained, states = alone["trained weights"], alone["optimizer states"]
+    assert alone["gradients"] == trained  # of the batch before
+    assert alone["logits and loss"] >= 4 * 4 * TOKENS * VOCABULARY
     for strategy in cli.STRATEGIES[1:]:
         plan = planned(config, strategy=strategy, processes=4)
         assert plan.parts["activations"] == alone["activations"]
         every = plan.parts | plan.host
         whole = strategy in ("ddp", "zero1", "zero2")
         assert every["trained weights"] == (trained if whole else trained // 4)
+        divided = strategy not in ("ddp", "zero1")
+        assert every["gradients"] == (trained // 4 if divided else trained)
         assert every["optimizer states"] == pytest.approx(states if strategy == "ddp" else states / 4, abs=1)
         assert bool(plan.host) == strategy.endswith("offload")
         assert plan.needed > 4 * plan.total  # of a CPU's memory, by all processes
@@ -251,7 +257,7 @@ def test_tokens_per_second_by_a_benchmark(config, make_tokenizer, tmp_path, base
     speeds = []
     for ms in (100.0, 50.0):
         row = {"level": "model", "feature": "LoRA", "config": "fp32", "tokens": 1000}
-        settings = {"layers": 3, "hidden": 128, "intermediate": 320}
+        settings = {"layers": 2, "hidden": 128, "intermediate": 320}
         times = {name: {"median": ms} for name in ("ours", "PEFT")}
         found = {"kind": "adapter_tax", "environment": {"cpu": "X"}, "settings": settings}
         path = tmp_path / "adapter_tax.json"
