@@ -12,6 +12,7 @@ attention is torch's own, which saves as much.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -144,15 +145,20 @@ class Rehearsal:
     def _count(self, work: Callable[[], None], accumulates: bool) -> Peak:
         from pyfastlora.trainer.model import first_line
 
+        log = logging.getLogger("torch._subclasses.fake_tensor")  # prints what is raised, too
+        level = log.level
         # Scratch memory that the kernels keep for a thread goes with its thread.
         with ThreadPoolExecutor(1) as thread:
             try:
+                log.setLevel(logging.CRITICAL)
                 return thread.submit(self._count_here, work, accumulates).result()
             except Exception as error:  # of a model's own code
                 raise UserError(
                     f"base_model: {self._config.base_model} does not run without values, so its memory "
                     f"cannot be planned: {first_line(error)}"
                 ) from error
+            finally:
+                log.setLevel(level)
 
     def _count_here(self, work: Callable[[], None], accumulates: bool) -> Peak:
         from pyfastlora.trainer.memory import Counter

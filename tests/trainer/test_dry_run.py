@@ -188,6 +188,8 @@ def test_every_error_has_its_hint(error, words):
 def test_hints_are_for_errors_that_are_known():
     assert hint(RuntimeError("something else")) is None and hint(KeyError("text")) is None
     assert len({h.sentence for h in HINTS}) == len(HINTS)
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    assert not [h.sentence for h in HINTS if h.sentence not in page]
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_ends_with_the_hint(config, monkeypatch):
