@@ -50,7 +50,8 @@ def dry_run(loaded: LoadedConfig, console: Console) -> None:
         console.say(f"evaluated: held-out loss {result.held_out_loss:.4f} of one batch")
     measured, plan = memory["measured_bytes"], memory.get("planned")
     planned = f"{in_words(plan['total_bytes'])} planned" if plan else memory["not_planned"]
-    console.say(f"memory: {in_words(measured)} at most, {planned}")
+    taken = "not measured" if measured is None else f"{in_words(measured)} at most"
+    console.say(f"memory: {taken}, {planned}")
     if result.kernels is not None:
         console.say(f"kernels: {result.kernels['fused']} of {result.kernels['total']} LoRA modules fused")
     where = loaded.config.output_dir

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -85,7 +86,8 @@ class Meter:
     """The most memory that tensors of a run take on its device.
 
     On a GPU the allocator's own number. On a CPU it is counted, which makes a step some times slower: in the
-    steps whose batch is larger than all before, a few of a run; an optimizer's step is not looked into.
+    steps whose batch is larger than all before, a few of a run; an optimizer's step is not looked into. Where
+    an engine divides parameters, or torch.compile runs them, nothing is counted.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -97,7 +99,7 @@ class Meter:
     @contextmanager
     def watching(self, values: int) -> Iterator[None]:
         """Around a forward and backward pass of a batch of so many values."""
-        if self._device.type == "cuda" or values <= self._largest:
+        if self._device.type == "cuda" or values <= self._largest or not self._can_count():
             yield
             return
         from pyfastlora.patching.conditions import memory_counted
@@ -111,13 +113,19 @@ class Meter:
             yield
         self._most = max(self._most, counter.peak - held)
 
-    def peak(self, optimizer: torch.optim.Optimizer | None) -> int:
-        """Bytes so far, the states of the optimizer with them."""
+    def peak(self, optimizer: torch.optim.Optimizer | None) -> int | None:
+        """Bytes so far, the states of the optimizer with them; None where nothing was counted."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
+        if not self._most:
+            return None
         kept = [] if optimizer is None else tree_leaves(dict(optimizer.state))
         states = [value for value in kept if isinstance(value, Tensor)]
         return self._most + storage_bytes([*held_by(self._model), *states])
+
+    def _can_count(self) -> bool:
+        divided = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self._model.parameters())
+        return not divided and not any(hasattr(m, "_orig_mod") for m in self._model.modules())
 
 
 def held_by(model: nn.Module) -> Iterator[Tensor]:

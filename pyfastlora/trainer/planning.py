@@ -76,11 +76,20 @@ class RunMemory:
     measured: int | None = None
 
     @classmethod
-    def of(cls, config: Config, tokenizer: PreTrainedTokenizerBase, data: Any) -> RunMemory:
+    def of(
+        cls,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Any,
+        *,
+        strategy: str = "single",
+        processes: int = 1,
+    ) -> RunMemory:
         """Before anything is loaded, of data that is known. A model that cannot be planned is trained all the
         same.
         """
-        planner = Planner(tokenizer, machine_here(), longest=longest_of(data))
+        longest = longest_of(data)
+        planner = Planner(tokenizer, machine_here(), strategy=strategy, processes=processes, longest=longest)
         try:
             return cls(planner, planner.plan(config))
         except UserError as error:
@@ -113,4 +122,3 @@ def longest_of(data: Any) -> int | None:
 def _facts(plan: Plan, changes: list[tuple[Change, Plan]], speed: Guess) -> dict[str, Any]:
     fitting = [{"keys": c.keys, "cost": c.cost, "plan": p.to_dict()} for c, p in changes]
     return {**plan.to_dict(), "changes": fitting, "tokens_per_second": speed.tokens_per_second}
-
