@@ -14,21 +14,31 @@ from pyfastlora.cli._user_errors import mistakes_reported
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
 )
+@click.option(
+    "--resume",
+    metavar="auto|PATH|never",
+    help="Go on from the newest checkpoint in output_dir, where there is one, or from the one at PATH.",
+)
+@click.option("--resume-anyway", is_flag=True, help="Also if data, configuration or versions have changed.")
 @click.pass_context
-def train(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
+def train(
+    ctx: click.Context, config: str, overrides: tuple[str, ...], resume: str | None, resume_anyway: bool
+) -> None:
     """Train an adapter as a YAML file describes it.
 
     \b
     fastlora train examples/lora.yaml
     fastlora train cfg.yaml --learning-rate 1e-4 --lora_r=32
     fastlora train cfg.yaml --set datasets[0].path=data.jsonl
+    fastlora train cfg.yaml --resume auto
 
     Keys have Axolotl's names; docs/config.md lists them. The adapter lands in output_dir in PEFT's
-    format, with the resolved configuration, metrics (log.jsonl) and the kernel report beside it.
+    format, with the resolved configuration, metrics (log.jsonl) and the kernel report beside it. SIGUSR1
+    saves a checkpoint; SIGTERM and Ctrl-C save one and stop.
 
     \b
     Exit codes: 0 trained; 2 a mistake in the command line or the file; 3 a dataset is missing or malformed;
-    1 anything else, such as a model without weights.
+    130 stopped by a signal, with a checkpoint; 1 anything else, such as a model without weights.
     """
     overrides = (*overrides, *as_overrides(ctx.args))
     give_way()
@@ -39,4 +49,4 @@ def train(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
         loaded = load_config(config, overrides)
         from pyfastlora.trainer.job import train as run_job
 
-        run_job(loaded, Console())
+        run_job(loaded, Console(), resume, resume_anyway)

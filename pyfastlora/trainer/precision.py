@@ -31,13 +31,17 @@ class Precision:
         return f"base {name[self.base]}, adapter {name[self.adapter]}, autocast {name[self.autocast]}"
 
 
-def device_of_run() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+def device_of_run(local_rank: int = 0) -> torch.device:
+    """The GPU of this process, or the CPU. Raises UserError where there are more processes than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

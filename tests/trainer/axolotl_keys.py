@@ -150,8 +150,8 @@ sdp_attention                 true                  translated attn_implementati
 s2_attention                  true                  refused
 landmark_attention            true                  refused
 xpos_rope                     true                  refused
-resume_from_checkpoint        ./out/checkpoint-10   refused
-auto_resume_from_checkpoints  true                  refused
+resume_from_checkpoint        ./out/checkpoint-10   honoured
+auto_resume_from_checkpoints  true                  honoured
 local_rank                    1                     refused
 special_tokens                {pad_token: x}        honoured
 tokens                        [x]                   honoured

@@ -185,8 +185,6 @@ FOREIGN: dict[str, Fate] = {
     "tensor_parallel_size": _ONE_PROCESS,
     "use_ray": _ONE_PROCESS,
     # the run
-    "resume_from_checkpoint": _FRESH,
-    "auto_resume_from_checkpoints": _FRESH,
     "save_safetensors": Note("weights are saved as safetensors"),
     "save_only_model": _NOT_HERE,
     "debug": Note("`fastlora preprocess --show` prints what is trained on"),

@@ -26,4 +26,8 @@ class RunKeys(Keys):
     save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints")
     saves_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
     save_total_limit: Int | None = Field(None, gt=0, description="checkpoints kept")
+    resume_from_checkpoint: str | None = Field(
+        None, description="go on from this checkpoint; `auto` is the newest in output_dir (--resume)"
+    )
+    auto_resume_from_checkpoints: bool = Field(False, description="the same as resume_from_checkpoint: auto")
     strict: bool = Field(True, description="false: an unknown key is a warning, not an error")
