@@ -19,10 +19,24 @@ from pyfastlora.cli._user_errors import mistakes_reported
     metavar="auto|PATH|never",
     help="Go on from the newest checkpoint in output_dir, where there is one, or from the one at PATH.",
 )
+@click.option("--nproc", type=click.IntRange(1), help="Processes of this machine (its GPUs, or one).")
+@click.option("--nnodes", type=click.IntRange(1), default=1, help="Machines; the same command runs on each.")
+@click.option("--node-rank", type=click.IntRange(0), default=0, help="Which of them this is, from 0.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet: the first one's address.")
+@click.option("--max-restarts", type=click.IntRange(0), default=0, help="Starts again after a failure.")
 @click.option("--resume-anyway", is_flag=True, help="Also if data, configuration or versions have changed.")
 @click.pass_context
 def train(
-    ctx: click.Context, config: str, overrides: tuple[str, ...], resume: str | None, resume_anyway: bool
+    ctx: click.Context,
+    config: str,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    resume_anyway: bool,
+    nproc: int | None,
+    nnodes: int,
+    node_rank: int,
+    rdzv_endpoint: str | None,
+    max_restarts: int,
 ) -> None:
     """Train an adapter as a YAML file describes it.
 
@@ -31,6 +45,8 @@ def train(
     fastlora train cfg.yaml --learning-rate 1e-4 --lora_r=32
     fastlora train cfg.yaml --set datasets[0].path=data.jsonl
     fastlora train cfg.yaml --resume auto
+    fastlora train cfg.yaml --nproc 4 --strategy fsdp2
+    fastlora train cfg.yaml --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
 
     Keys have Axolotl's names; docs/config.md lists them. The adapter lands in output_dir in PEFT's
     format, with the resolved configuration, metrics (log.jsonl) and the kernel report beside it. SIGUSR1
@@ -47,6 +63,17 @@ def train(
         from pyfastlora.trainer.console import Console
 
         loaded = load_config(config, overrides)
+        from pyfastlora.trainer.launch import Layout, failures_told, launch, wanted_processes
+
+        count = wanted_processes(loaded.config, nproc, nnodes)
+        if count:
+            resume = resume or ("auto" if max_restarts else None)
+            arguments = ["train", config, *(part for o in overrides for part in ("--set", o))]
+            arguments += ["--resume", resume] if resume else []
+            arguments += ["--resume-anyway"] if resume_anyway else []
+            launch(arguments, Layout(count, nnodes, node_rank, rdzv_endpoint, max_restarts))
+            return
         from pyfastlora.trainer.job import train as run_job
 
-        run_job(loaded, Console(), resume, resume_anyway)
+        with failures_told():
+            run_job(loaded, Console(), resume, resume_anyway)

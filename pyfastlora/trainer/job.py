@@ -82,6 +82,7 @@ def train(
 def _run(
     loaded: LoadedConfig, run_dir: RunDir, console: Console, processes: Processes, start: Start
 ) -> Result:
+    import torch
     from transformers import set_seed
 
     import pyfastlora
@@ -90,6 +91,7 @@ def _run(
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.resume import check, fingerprint
     from pyfastlora.trainer.signals import Signals
+    from pyfastlora.trainer.strategy import resolve
     from pyfastlora.trainer.training import make_trainer
 
     config = loaded.config
@@ -102,16 +104,19 @@ def _run(
         data = prepare(config, tokenizer, bar.update)
     for line in data.lines():
         console.say(line)
-    current = fingerprint(config, data.contents, "single", processes.count, device.type)
+    strategy = resolve(config, processes, device.type)
+    current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
     checkpoint = start.checkpoint
     changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
 
     set_seed(config.seed)  # before the adapter draws its A
-    base = models.load_base(config, precision, device)
+    # shards of a model that no GPU could hold are made from CPU memory
+    whole_on_cpu = strategy.divides_weights and config.bits is None
+    base = models.load_base(config, precision, torch.device("cpu") if whole_on_cpu else device)
     model = models.add_adapter(base, config, precision, tokenizer)
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
-    console.say(f"{device}, {precision}")
+    console.say(f"{device}, {strategy}, {precision}")
     report = pyfastlora.patch(model) if config.adapter and config.fastlora else None
     if config.adapter:
         console.say(_before_training(report))
@@ -125,6 +130,7 @@ def _run(
     run_dir.create(loaded, start.may_resume)
     kernels = _save_kernels(run_dir, report)
     run_dir.write_json("data.json", data.report)
+    run_dir.write_json("strategy.json", dataclasses.asdict(strategy))
     if checkpoint is not None:
         run_dir.cut_log(step_of(checkpoint))
         values = {"step": step_of(checkpoint), "checkpoint": str(checkpoint), "changed": changes}
@@ -137,7 +143,8 @@ def _run(
     progress = _Progress(run_dir, console)
     signals = Signals(processes)
     trainer = make_trainer(
-        model, data, config, precision, device, pad_id, progress, processes, current, signals
+        *(model, data, config, precision, device, pad_id, progress),
+        *(processes, strategy, current, signals),
     )
     started = time.perf_counter()
     with progress.shown(), signals:

@@ -10,6 +10,7 @@ Without an adapter the whole model is trained, in float32 where a base would be 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class Precision:
 def device_of_run(local_rank: int = 0) -> torch.device:
     """The GPU of this process, or the CPU. Raises UserError where there are more processes than GPUs."""
     if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from pyfastlora.trainer.errors import UserError
 
+#: Set by our launcher, to a folder for last words. It sends SIGINT for stop; SIGTERM, to the others of a
+#: process that has died.
+LAUNCHED = "FASTLORA_LAUNCHED"
 _SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
 
 

@@ -4,6 +4,7 @@ config.original.yaml   the file as the user wrote it
 config.resolved.yaml   every key with the value it had; `fastlora train` runs it again
 env.json               versions, machine, command line
 data.json              rows, samples, tokens per dataset
+strategy.json          what each process held, and DeepSpeed's configuration
 kernels.json, .txt     which modules were fused, and why the others were not
 log.jsonl              one JSON object per event: start, train, eval, resume, end
 checkpoint-N/          adapter, optimizer, schedule and random state after N steps; see checkpoints.py

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from pyfastlora.trainer import model as models
 from pyfastlora.trainer.checkpoints import rotate, writing
+from pyfastlora.trainer.config.engine import FsdpKeys
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.resume import STATE, read_state
+from pyfastlora.trainer.sharding import load_optimizer, save_optimizer, shard, whole_model
+from pyfastlora.trainer.strategy import Strategy
 
 
 class SavingTrainer(Trainer):
@@ -23,8 +30,11 @@ class SavingTrainer(Trainer):
     processes: Processes
     fingerprint: dict[str, Any]
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, strategy: Strategy, fsdp: FsdpKeys, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.strategy, self.fsdp = strategy, fsdp
+        # the model places itself and averages its gradients: accelerate then leaves it alone
+        self.is_distributed_loading_by_transformers = strategy.is_fsdp2
         # tokens and trained tokens since the last logged step
         self._counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
 
@@ -52,10 +62,60 @@ class SavingTrainer(Trainer):
             rotate(run_dir, self.args.save_total_limit, best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter in PEFT's format, or the whole model, by the first process."""
+        """The adapter in PEFT's format, or the whole model, by the first process; all have to call it."""
         assert output_dir is not None and self.model is not None
+        model = self.accelerator.unwrap_model(self.model)
+        state = None
+        if self.strategy.is_fsdp2:
+            state = whole_model(model, trained_only=isinstance(model, PeftModel))
+        elif self.strategy.divides_weights:
+            engine: Any = self.model_wrapped
+            state = engine._zero3_consolidated_16bit_state_dict(isinstance(model, PeftModel))
         if self.processes.is_first:
-            models.save(self.accelerator.unwrap_model(self.model), Path(output_dir))
+            models.save(model, Path(output_dir), state)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        if self.strategy.is_fsdp2:
+            model: Any = self.model
+            shard(model, self.fsdp, self.args.device, self.processes.count, self.strategy.offloads)
+            model._is_fsdp_managed_module = True  # what Trainer and generation go by
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """While gradients are accumulated: Trainer's asks a model that transformers has sharded."""
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.strategy.is_fsdp2:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer, scheduler = self._stepped()
+        save_optimizer(self.model, optimizer, Path(output_dir, OPTIMIZER_NAME), self.processes.is_first)
+        if self.processes.is_first:
+            torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.strategy.is_fsdp2 or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = self._stepped()
+        load_optimizer(self.model, optimizer, Path(checkpoint, OPTIMIZER_NAME))
+        scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _stepped(self) -> tuple[Any, Any]:
+        """torch's own optimizer, out of accelerate's, and the schedule."""
+        wrapped: Any = self.optimizer
+        return wrapped.optimizer, self.lr_scheduler
 
     def _since_log(self) -> dict[str, Any]:
         """What the next line of the log will hold from before a checkpoint; a list per process."""

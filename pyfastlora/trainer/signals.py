@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pyfastlora.trainer.processes import Processes
+from pyfastlora.trainer.processes import LAUNCHED, Processes
 
-#: Set by the launcher, which sends SIGINT for stop, and SIGTERM to the others of a process that has died.
-LAUNCHED = "FASTLORA_LAUNCHED"
 SAVE, STOP = 1, 2
 
 

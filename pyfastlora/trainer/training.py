@@ -36,6 +36,7 @@ from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.saving import SavingTrainer
 from pyfastlora.trainer.signals import Signals
+from pyfastlora.trainer.strategy import Strategy
 
 
 class Listener(Protocol):
@@ -58,13 +59,16 @@ def make_trainer(
     pad_id: int,
     listener: Listener,
     processes: Processes,
+    strategy: Strategy,
     fingerprint: dict[str, Any],
     signals: Signals,
 ) -> FastloraTrainer:
     """A trainer ready for `.train()`; `model` is on `device` already."""
     trainer = FastloraTrainer(
         model=model,
-        args=_arguments(config, precision, device, data.train_rows, data.held_out is not None),
+        strategy=strategy,
+        fsdp=config.fsdp_config,
+        args=_arguments(config, precision, device, strategy, data.train_rows, data.held_out is not None),
         data_collator=collator_of(config, pad_id),
         train_dataset=data.train,
         eval_dataset=data.held_out,
@@ -223,10 +227,16 @@ class _Steps(TrainerCallback):
 
 
 def _arguments(
-    c: Config, precision: Precision, device: torch.device, rows: int, evaluates: bool
+    c: Config, precision: Precision, device: torch.device, strategy: Strategy, rows: int, evaluates: bool
 ) -> TrainingArguments:
-    steps_per_epoch = math.ceil(math.ceil(rows / c.micro_batch_size) / c.gradient_accumulation_steps)
+    batches = math.ceil(rows / (c.micro_batch_size * strategy.processes))
+    steps_per_epoch = math.ceil(batches / c.gradient_accumulation_steps)
     on_gpu = device.type == "cuda"
+    deepspeed = None if strategy.deepspeed is None else dict(strategy.deepspeed)
+    autocast = precision.autocast
+    if deepspeed is not None and autocast is not None:
+        deepspeed["torch_autocast"] = {"enabled": True, "dtype": str(autocast).removeprefix("torch.")}
+        autocast = None  # Trainer would have DeepSpeed train 16-bit copies
     arguments = TrainingArguments(
         output_dir=c.output_dir,
         per_device_train_batch_size=c.micro_batch_size,
@@ -247,12 +257,18 @@ def _arguments(
         adam_epsilon=c.adam_epsilon,
         max_grad_norm=c.max_grad_norm,
         neftune_noise_alpha=c.neftune_noise_alpha,
-        bf16=precision.autocast == torch.bfloat16,
-        fp16=precision.autocast == torch.float16,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
         tf32=(c.tf32 if c.tf32 != "auto" else torch.cuda.get_device_capability(device) >= (8, 0))
         if on_gpu
         else None,
         use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu or strategy.processes == 1 else "gloo",
+        ddp_find_unused_parameters=c.ddp_find_unused_parameters,
+        ddp_bucket_cap_mb=c.ddp_bucket_cap_mb,
+        ddp_broadcast_buffers=c.ddp_broadcast_buffers,
+        ddp_timeout=c.ddp_timeout or 1800,
+        deepspeed=deepspeed,
         activation_checkpointing=c.gradient_checkpointing,  # its name since transformers 5
         activation_checkpointing_kwargs=c.gradient_checkpointing_kwargs.model_dump(),
         train_sampling_strategy=c.sampling,
