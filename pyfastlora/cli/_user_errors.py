@@ -25,13 +25,12 @@ def mistakes_reported() -> Iterator[None]:
     Another error has a line "hint: .." behind its traceback where one is known.
     """
     from pyfastlora.trainer.errors import UserError
-    from pyfastlora.trainer.hints import hint
+    from pyfastlora.trainer.hints import add_hint
 
     try:
         yield
     except UserError as error:
         raise _Mistake(str(error), error.exit_code) from error
     except Exception as error:  # it keeps its traceback
-        if known := hint(error):
-            error.add_note(f"hint: {known}")
+        add_hint(error)
         raise

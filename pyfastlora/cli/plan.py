@@ -9,8 +9,6 @@ import click
 from pyfastlora.cli._flags import KEYS_TOO, as_overrides
 from pyfastlora.cli._user_errors import mistakes_reported
 
-#: Those of trainer/memory_plan.py, which would import torch.
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_offload")
 DOES_NOT_FIT = 4
 
 
@@ -33,8 +31,7 @@ class Memory(click.ParamType):
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
 )
-@click.option("--processes", default=1, type=click.IntRange(1), help="Processes that train together.")
-@click.option("--strategy", type=click.Choice(STRATEGIES), help="What they share.  [default: ddp, or single]")
+@click.option("--nproc", default=1, type=click.IntRange(1), help="Processes that train together.")
 @click.option("--memory", type=Memory(), help="Of the device, such as 24GiB, instead of what is here.")
 @click.option("--benchmark", metavar="FILE", help="An adapter_tax.json, to guess tokens per second from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -43,8 +40,7 @@ def plan(
     ctx: click.Context,
     config: str,
     overrides: tuple[str, ...],
-    processes: int,
-    strategy: str | None,
+    nproc: int,
     memory: int | None,
     benchmark: str | None,
     as_json: bool,
@@ -54,7 +50,7 @@ def plan(
     \b
     fastlora plan cfg.yaml
     fastlora plan cfg.yaml --memory 24GiB --micro-batch-size 8
-    fastlora plan cfg.yaml --processes 8 --strategy zero3 --json
+    fastlora plan cfg.yaml --nproc 8 --strategy zero3 --json
 
     No weights are read: a step runs without values, and what it would keep alive is counted. Where that
     does not fit, the cheapest change of the file that makes it fit is looked for.
@@ -74,8 +70,7 @@ def plan(
         fits = plan_job(
             loaded,
             Console(),
-            strategy=strategy or ("ddp" if processes > 1 else "single"),
-            processes=processes,
+            processes=nproc,
             memory=memory,
             benchmark=benchmark,
             as_json=as_json,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.memory_plan import in_words
 from pyfastlora.trainer.packing import PackedRows
 from pyfastlora.trainer.precision import device_of_run, resolve_precision
+from pyfastlora.trainer.processes import join
 from pyfastlora.trainer.rehearsal import base_on_meta
 from pyfastlora.trainer.run_dir import RunDir
 
@@ -35,13 +37,23 @@ def dry_run(loaded: LoadedConfig, console: Console) -> None:
     output_dir is only looked at. Raises UserError for all that training would, and where what was saved
     cannot be read.
     """
-    from pyfastlora.trainer.job import run
+    from pyfastlora.trainer.job import Start, run
 
+    processes = join()
+    if not processes.is_first:
+        console = Console(quiet=True)
     RunDir(loaded.config.output_dir).check()
+    for note in loaded.notes:
+        console.say(f"note: {note}")
     with tempfile.TemporaryDirectory(prefix="fastlora-dry-run-") as folder:
         run_dir = RunDir(Path(folder) / "run")
         config = loaded.config.model_copy(update={**_ONE_STEP, "output_dir": str(run_dir.path)})
-        result = run(dataclasses.replace(loaded, config=config), run_dir, console, choose=fullest)
+        start = Start(False, None, False)
+        result = run(
+            dataclasses.replace(loaded, config=config), run_dir, console, processes, start, choose=fullest
+        )
+        if not processes.is_first:
+            return
         size = check_saved(config, run_dir.path)
         step, memory = run_dir.read_log("train")[-1], json.loads((run_dir.path / "plan.json").read_text())
     console.head("dry run")
@@ -60,7 +72,7 @@ def dry_run(loaded: LoadedConfig, console: Console) -> None:
 
 def fullest(data: PreparedData, config: Config) -> PreparedData:
     """The data of one step and of one evaluation, of the longest samples or the fullest rows."""
-    step = config.micro_batch_size * config.gradient_accumulation_steps
+    step = int(os.environ.get("WORLD_SIZE", 1)) * config.micro_batch_size * config.gradient_accumulation_steps
     held_out = data.held_out
     if held_out is not None:
         held_out = _longest(held_out, config.eval_batch_size or config.micro_batch_size)

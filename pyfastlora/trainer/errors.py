@@ -19,6 +19,12 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class StoppedError(UserError):
+    """A signal ended the run, and a checkpoint was saved. Exit code 130."""
+
+    exit_code = 130
+
+
 class DataError(UserError):
     """A dataset is missing, empty or not what its type needs. Exit code 3."""
 

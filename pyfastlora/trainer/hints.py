@@ -93,6 +93,12 @@ HINTS = (
 )
 
 
+def add_hint(error: BaseException) -> None:
+    """Puts a line behind the traceback that the error will be printed with, where something is known."""
+    if known := hint(error):
+        error.add_note(f"hint: {known}")
+
+
 def hint(error: BaseException) -> str | None:
     """What to do about an error, or about one that it was raised from; None where nothing is known."""
     seen: BaseException | None = error

@@ -14,12 +14,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyfastlora.trainer.checkpoints import clean, step_of
 from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Bar, Console
-from pyfastlora.trainer.errors import ConfigError, UserError
-from pyfastlora.trainer.run_dir import RunDir
+from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
+from pyfastlora.trainer.processes import Processes, join
+from pyfastlora.trainer.resume import find
+from pyfastlora.trainer.run_dir import NoRunDir, RunDir
 
 if TYPE_CHECKING:
     import torch
@@ -42,33 +46,62 @@ class Result:
     kernels: dict[str, Any] | None
 
 
-def train(loaded: LoadedConfig, console: Console) -> Result:
-    """Runs the job. Raises UserError for whatever the user can put right."""
-    return run(loaded, RunDir(loaded.config.output_dir), console)
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint, or (None) at step 0. anyway: also at one of a run that differs."""
+
+    may_resume: bool
+    checkpoint: Path | None
+    anyway: bool
+
+
+def train(
+    loaded: LoadedConfig, console: Console, resume: str | None = None, resume_anyway: bool = False
+) -> Result:
+    """Runs the job, as one of its processes. Raises UserError for whatever the user can put right.
+
+    resume: auto, never or a checkpoint, before what the configuration says.
+    """
+    processes = join()
+    if not processes.is_first:
+        console = Console(quiet=True)
+    config = loaded.config
+    wanted = resume or config.resume_from_checkpoint
+    wanted = wanted or ("auto" if config.auto_resume_from_checkpoints else "never")
+    run_dir = RunDir(config.output_dir)
+    start = Start(wanted != "never", find(run_dir.path, wanted), resume_anyway)
+    if processes.is_first:
+        run_dir.check(start.may_resume)
+        clean(run_dir.path)
+    for note in loaded.notes:
+        console.say(f"note: {note}")
+    return run(loaded, run_dir, console, processes, start)
 
 
 def run(
     loaded: LoadedConfig,
     run_dir: RunDir,
     console: Console,
+    processes: Processes,
+    start: Start,
     choose: Callable[[PreparedData, Config], PreparedData] | None = None,
 ) -> Result:
-    """The same in another folder, and with what `choose` leaves of the data."""
+    """The job in a folder that is known to be good, with what `choose` leaves of the data."""
     from pyfastlora.trainer.out_of_memory import out_of_memory_explained
 
-    run_dir.check()
-    for note in loaded.notes:
-        console.say(f"note: {note}")
-    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config):
-        return _run(loaded, run_dir, console, choose)
+    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config, processes):
+        return _run(loaded, run_dir, console, processes, start, choose)
 
 
 def _run(
     loaded: LoadedConfig,
     run_dir: RunDir,
     console: Console,
+    processes: Processes,
+    start: Start,
     choose: Callable[[PreparedData, Config], PreparedData] | None,
 ) -> Result:
+    import torch
     from transformers import set_seed
 
     import pyfastlora
@@ -77,10 +110,13 @@ def _run(
     from pyfastlora.trainer.memory import Meter
     from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
+    from pyfastlora.trainer.resume import check, fingerprint
+    from pyfastlora.trainer.signals import Signals
+    from pyfastlora.trainer.strategy import resolve
     from pyfastlora.trainer.training import make_trainer
 
     config = loaded.config
-    device = device_of_run()
+    device = device_of_run(processes.local_rank)
     precision = resolve_precision(config, device)
     models.check_packages(config)
     models.check_base_model(config)
@@ -89,15 +125,21 @@ def _run(
         data = prepare(config, tokenizer, bar.update)
     for line in data.lines():
         console.say(line)
-    memory = RunMemory.of(config, tokenizer, data.train)
+    strategy = resolve(config, processes, device.type)
+    current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
+    checkpoint = start.checkpoint
+    changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
+    memory = RunMemory.of(config, tokenizer, data.train, strategy.name, processes)
     console.say(memory.line)
 
     set_seed(config.seed)  # before the adapter draws its A
-    base = models.load_base(config, precision, device)
+    # shards of a model that no GPU could hold are made from CPU memory
+    whole_on_cpu = strategy.divides_weights and config.bits is None
+    base = models.load_base(config, precision, torch.device("cpu") if whole_on_cpu else device)
     model = models.add_adapter(base, config, precision, tokenizer)
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
-    console.say(f"{device}, {precision}")
+    console.say(f"{device}, {strategy}, {precision}")
     report = pyfastlora.patch(model) if config.adapter and config.fastlora else None
     if config.adapter:
         console.say(_before_training(report))
@@ -108,20 +150,36 @@ def _run(
     if choose is not None:
         data = choose(data, config)
 
-    run_dir.create(loaded)
+    if not processes.is_first:
+        run_dir = NoRunDir(config.output_dir)
+    run_dir.create(loaded, start.may_resume)
     kernels = _save_kernels(run_dir, report)
     run_dir.write_json("data.json", data.report)
     run_dir.write_json("plan.json", memory.to_dict())
-    run_dir.log(
-        "start", {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
-    )
+    run_dir.write_json("strategy.json", dataclasses.asdict(strategy))
+    if checkpoint is not None:
+        run_dir.cut_log(step_of(checkpoint))
+        values = {"step": step_of(checkpoint), "checkpoint": str(checkpoint), "changed": changes}
+        run_dir.log("resume", values)
+        console.say(f"going on from {checkpoint}" + "".join(f"; {change}" for change in changes))
+    else:
+        run_dir.cut_log(-1)  # of a start that came to no checkpoint
+        values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
+        run_dir.log("start", values)
     progress = _Progress(run_dir, console)
-    trainer = make_trainer(model, data, config, precision, device, pad_id, progress)
+    signals = Signals(processes)
+    trainer = make_trainer(
+        *(model, data, config, precision, device, pad_id, progress),
+        *(processes, strategy, current, signals),
+    )
     trainer.meter = Meter(model, device)
     started = time.perf_counter()
-    with progress.shown():
-        trainer.restart_clock()
-        trainer.train()
+    with progress.shown(), signals:
+        trainer.run(checkpoint)
+        if signals.stopped:
+            raise StoppedError(
+                f"stopped after step {trainer.state.global_step}, with a checkpoint; --resume auto goes on"
+            )
         if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
     if config.pretraining_dataset:  # what was read is known now
@@ -130,8 +188,9 @@ def _run(
             console.say(line)
     run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
     console.say(memory.line)
-    models.save(model, run_dir.path)
-    tokenizer.save_pretrained(str(run_dir.path))
+    trainer.save_model(str(run_dir.path))
+    if processes.is_first:
+        tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:
         report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
         kernels = _save_kernels(run_dir, report)

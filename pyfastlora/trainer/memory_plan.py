@@ -51,17 +51,24 @@ class Shares:
     offloads: frozenset[str] = frozenset()
 
 
-_ALL = frozenset((WEIGHTS, TRAINED, OPTIMIZER))
+#: By their names without `_offload`; others divide nothing.
 STRATEGIES = {
     "single": Shares(),
     "ddp": Shares(),
     "zero1": Shares(optimizer=True),
     "zero2": Shares(optimizer=True, gradients=True),
     "zero3": Shares(optimizer=True, gradients=True, weights=True),
-    "zero3_offload": Shares(optimizer=True, gradients=True, weights=True, offloads=_ALL),
     "fsdp2": Shares(optimizer=True, gradients=True, weights=True),
-    "fsdp2_offload": Shares(optimizer=True, gradients=True, weights=True, offloads=_ALL),
 }
+
+
+def shares_of(strategy: str) -> Shares:
+    """Of a preset, or of a name that DeepSpeed's own files gave: `zero2_offload`."""
+    shares = STRATEGIES.get(strategy.removesuffix("_offload"), Shares())
+    if not strategy.endswith("_offload"):
+        return shares
+    there = (WEIGHTS, TRAINED, OPTIMIZER) if shares.weights else (OPTIMIZER,)
+    return dataclasses.replace(shares, offloads=frozenset(there))
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,6 @@ class Planner:
         self,
         tokenizer: PreTrainedTokenizerBase,
         machine: Machine,
-        *,
         strategy: str = "single",
         processes: int = 1,
         longest: int | None = None,
@@ -230,7 +236,7 @@ def assemble(
     batch: Batch,
 ) -> Plan:
     """The plan of a job of which the passes were rehearsed."""
-    shares, trained = STRATEGIES[strategy], model.trained
+    shares, trained = shares_of(strategy), model.trained
 
     def share(bytes_: int, divided: bool) -> int:
         return -(-bytes_ // processes) if divided else bytes_

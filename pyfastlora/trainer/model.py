@@ -131,15 +131,15 @@ def add_adapter(
     return adapted
 
 
-def save(model: PeftModel | PreTrainedModel, folder: Path) -> None:
-    """The adapter in PEFT's format, or the whole model."""
+def save(model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Any] | None = None) -> None:
+    """The adapter in PEFT's format, or the whole model; with the weights of `state` where there is one."""
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
         # trained embeddings are in modules_to_save; the default would add the frozen copy and ask the hub
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
 
 
 def vocabulary_of(model: Any) -> int:

@@ -11,6 +11,7 @@ from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.memory_plan import GiB, Machine, Planner, in_words
+from pyfastlora.trainer.processes import Processes
 
 ADVICE = 3  # changes that are named
 #: Frames of the stack by file and function, and what is done in them; the innermost that is known counts.
@@ -21,6 +22,7 @@ _PHASES = (
     ("torch/utils/checkpoint.py", "backward", "backward"),
     ("trainer/training.py", "evaluate", "evaluation"),
     ("trainer/training.py", "training_step", "forward"),
+    ("trainer/training.py", "learn_groups", "forward"),
     ("transformers/trainer.py", "_save_checkpoint", "saving"),
     ("trainer/model.py", "save", "saving"),
     ("trainer/model.py", "load_base", "loading weights"),
@@ -33,14 +35,14 @@ class NotEnoughMemoryError(UserError):
 
 
 @contextmanager
-def out_of_memory_explained(config: Config) -> Iterator[None]:
+def out_of_memory_explained(config: Config, processes: Processes) -> Iterator[None]:
     """Makes a NotEnoughMemoryError of what is_out_of_memory knows; other errors pass."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise NotEnoughMemoryError("\n".join([_what(error), *_advice(config, error)])) from error
+        raise NotEnoughMemoryError("\n".join([_what(error), *_advice(config, processes, error)])) from error
 
 
 def phase_of(error: BaseException) -> str:
@@ -67,20 +69,21 @@ def _what(error: BaseException) -> str:
     return f"out of memory in {phase_of(error)}{numbers}"
 
 
-def _advice(config: Config, error: BaseException) -> Iterator[str]:
+def _advice(config: Config, processes: Processes, error: BaseException) -> Iterator[str]:
     """What was planned, and the changes that save what was missing, the cheapest first."""
     from pyfastlora.trainer.model import load_tokenizer
-    from pyfastlora.trainer.planning import advice, machine_here
+    from pyfastlora.trainer.planning import advice, machine_here, strategy_of
 
     machine = machine_here()
     try:
         tokenizer = load_tokenizer(config)
-        plan = Planner(tokenizer, machine).plan(config)
+        engine = (strategy_of(config, processes.count, machine.device), processes.count)
+        plan = Planner(tokenizer, machine, *engine).plan(config)
         yield f"planned are {in_words(plan.needed)}, most of it {_largest(plan.parts)}"
         wanted, free = wanted_and_free(error)
         missing = max((wanted or GiB) - (free or 0), 0)
         room = Machine(machine.device, min(machine.memory, max(0, plan.needed - missing)))
-        yield from advice(Planner(tokenizer, room).fitting(config, ADVICE))
+        yield from advice(Planner(tokenizer, room, *engine).fitting(config, ADVICE))
     except UserError as why:
         yield f"no change can be advised: {why}"
 

@@ -15,6 +15,7 @@ from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.memory import memory_of
 from pyfastlora.trainer.memory_plan import Machine, Plan, Planner, in_words
 from pyfastlora.trainer.precision import device_of_run
+from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.speed_guess import Guess, guess
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ def plan_job(
     loaded: LoadedConfig,
     console: Console,
     *,
-    strategy: str = "single",
     processes: int = 1,
     memory: int | None = None,
     benchmark: str | None = None,
@@ -37,7 +37,8 @@ def plan_job(
     config = loaded.config
     with libraries_quiet():
         tokenizer = models.load_tokenizer(config)
-        planner = Planner(tokenizer, machine_here(memory), strategy=strategy, processes=processes)
+        machine = machine_here(memory)
+        planner = Planner(tokenizer, machine, strategy_of(config, processes, machine.device), processes)
         plan = planner.plan(config)
         changes = [] if plan.fits else planner.fitting(config, most=1)
         speed = guess(planner.model_of(config), config, benchmark)
@@ -51,6 +52,14 @@ def plan_job(
         for line in advice(changes):
             console.say(line)
     return plan.fits
+
+
+def strategy_of(config: Config, processes: int, device: str) -> str:
+    """The name of what so many processes divide; DeepSpeed need not be installed for its presets."""
+    from pyfastlora.trainer.strategy import resolve
+
+    preset = config.strategy or ""
+    return preset if preset.startswith("zero") else resolve(config, Processes(count=processes), device).name
 
 
 def machine_here(memory: int | None = None) -> Machine:
@@ -70,7 +79,6 @@ def advice(changes: list[tuple[Change, Plan]]) -> list[str]:
 class RunMemory:
     """What a run was planned to take, and what it took. Without a plan, `why_not` says why there is none."""
 
-    planner: Planner
     plan: Plan | None
     why_not: str = ""
     measured: int | None = None
@@ -81,19 +89,21 @@ class RunMemory:
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
         data: Any,
-        *,
-        strategy: str = "single",
-        processes: int = 1,
+        strategy: str,
+        processes: Processes,
     ) -> RunMemory:
-        """Before anything is loaded, of data that is known. A model that cannot be planned is trained all the
-        same.
+        """Before anything is loaded, of data that is known; the first process plans for all.
+
+        A model that cannot be planned is trained all the same.
         """
-        longest = longest_of(data)
-        planner = Planner(tokenizer, machine_here(), strategy=strategy, processes=processes, longest=longest)
+        if not processes.is_first:
+            return cls(None, "by the first process")
+        engine = (strategy, processes.count)
         try:
-            return cls(planner, planner.plan(config))
+            planner = Planner(tokenizer, machine_here(), *engine, longest=longest_of(data))
+            return cls(planner.plan(config))
         except UserError as error:
-            return cls(planner, None, str(error))
+            return cls(None, str(error))
 
     @property
     def line(self) -> str:

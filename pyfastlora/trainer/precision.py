@@ -10,6 +10,7 @@ Without an adapter the whole model is trained, in float32 where a base would be 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +32,18 @@ class Precision:
         return f"base {name[self.base]}, adapter {name[self.adapter]}, autocast {name[self.autocast]}"
 
 
-def device_of_run() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+def device_of_run(local_rank: int = 0) -> torch.device:
+    """The GPU of this process, or the CPU. Raises UserError where there are more processes than GPUs."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, there are {torch.cuda.device_count()}; "
+            "start as many processes as there are GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -5,8 +5,10 @@ config.resolved.yaml   every key with the value it had; `fastlora train` runs it
 env.json               versions, machine, command line
 data.json              rows, samples, tokens per dataset
 plan.json              the memory that was planned, and the most that was taken
+strategy.json          what each process held, and DeepSpeed's configuration
 kernels.json, .txt     which modules were fused, and why the others were not
-log.jsonl              one JSON object per event: start, train, eval, spike, end
+log.jsonl              one JSON object per event: start, train, eval, spike, resume, end
+checkpoint-N/          adapter, optimizer, schedule and random state after N steps; see checkpoints.py
 adapter_*              the adapter in PEFT's format (without one: model.safetensors), the tokenizer beside it
 """
 
@@ -42,10 +44,17 @@ class RunDir:
     def __init__(self, path: str | Path, key: str = "output_dir") -> None:
         self.path, self._key = Path(os.path.expanduser(path)), key
 
-    def check(self) -> None:
-        """Raises ConfigError where the folder is used already or cannot be written; leaves nothing behind."""
-        if self.path.is_dir():
+    def check(self, may_resume: bool = False) -> None:
+        """Raises ConfigError where the folder cannot be written, or is used already, unless by a run that is
+        gone on with; leaves nothing behind.
+        """
+        if self.path.is_dir() and not (may_resume and (self.path / "config.resolved.yaml").is_file()):
             used = sorted(f.name for f in self.path.iterdir())
+            if "config.resolved.yaml" in used:
+                raise ConfigError(
+                    f"{self._key}: {self.path} holds a run; go on with it (--resume auto), choose another "
+                    f"{self._key}, or empty it to start over"
+                )
             if used:
                 more = ", ..." if len(used) > 3 else ""
                 raise ConfigError(
@@ -63,9 +72,9 @@ class RunDir:
                 with suppress(OSError):  # what was never made
                     folder.rmdir()
 
-    def create(self, loaded: LoadedConfig) -> None:
+    def create(self, loaded: LoadedConfig, may_resume: bool = False) -> None:
         """Makes the folder and writes what is known before the first step."""
-        self.check()
+        self.check(may_resume)
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.original.yaml").write_text(loaded.text, encoding="utf-8")
         resolved = yaml.safe_dump(
@@ -91,10 +100,43 @@ class RunDir:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 
+    def cut_log(self, step: int) -> None:
+        """Takes back the lines about steps after `step`, which are done again, and the end."""
+        path = self.path / "log.jsonl"
+        if path.exists():
+            # a process that was killed may have left half a line
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if _is_json(line)]
+            kept = [x for x in map(json.loads, lines) if x["event"] != "end" and x.get("step", 0) <= step]
+            self.write_text("log.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
     def read_log(self, event: str) -> list[dict[str, Any]]:
         """The lines of log.jsonl of one event, in order."""
         lines = (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [values for line in lines if (values := json.loads(line))["event"] == event]
+
+
+class NoRunDir(RunDir):
+    """The folder for the processes that are not the first: it is there, and they write nothing."""
+
+    def create(self, loaded: LoadedConfig, may_resume: bool = False) -> None:
+        pass
+
+    def write_text(self, name: str, text: str) -> None:
+        pass
+
+    def cut_log(self, step: int) -> None:
+        pass
+
+    def log(self, event: str, values: Mapping[str, Any]) -> None:
+        pass
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def environment() -> dict[str, Any]:

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
+    IntervalStrategy,
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -27,11 +28,16 @@ from transformers import (
 
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
+from pyfastlora.trainer.data.even_share import EvenShare
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.memory import Meter
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
+from pyfastlora.trainer.processes import Processes
+from pyfastlora.trainer.saving import SavingTrainer
+from pyfastlora.trainer.signals import Signals
+from pyfastlora.trainer.strategy import Strategy
 from pyfastlora.trainer.watch import Watch, per_token
 
 
@@ -54,19 +60,26 @@ def make_trainer(
     device: torch.device,
     pad_id: int,
     listener: Listener,
+    processes: Processes,
+    strategy: Strategy,
+    fingerprint: dict[str, Any],
+    signals: Signals,
 ) -> FastloraTrainer:
     """A trainer ready for `.train()`; `model` is on `device` already."""
     trainer = FastloraTrainer(
         model=model,
-        args=_arguments(config, precision, device, data.train_rows, data.held_out is not None),
+        strategy=strategy,
+        fsdp=config.fsdp_config,
+        args=_arguments(config, precision, device, strategy, data.train_rows, data.held_out is not None),
         data_collator=collator_of(config, pad_id),
         train_dataset=data.train,
         eval_dataset=data.held_out,
-        callbacks=[_Steps(listener)],
     )
-    trainer.listener = listener
+    trainer.listener, trainer.processes, trainer.fingerprint = listener, processes, fingerprint
     trainer.watch = Watch(data.train, config, Path(config.output_dir).expanduser())
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Steps(trainer))
+    trainer.add_callback(signals)  # hears of a step's end after all others
     return trainer
 
 
@@ -77,8 +90,8 @@ def collator_of(config: Config, pad_id: int) -> Collator:
     return Collator(PaddingCollator(pad_id, pad_to), PackedCollator(pad_id, pad_to, flat))
 
 
-class FastloraTrainer(Trainer):
-    """Trainer with token counts, token-weighted evaluation and a Listener."""
+class FastloraTrainer(SavingTrainer):
+    """Trainer with token counts, token-weighted evaluation, checkpoints that are whole, and a Listener."""
 
     listener: Listener
     watch: Watch
@@ -86,10 +99,17 @@ class FastloraTrainer(Trainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)  # tokens, trained tokens
         self._since = time.perf_counter()
         self._evaluating = 0.0
         self.evaluated_at = -1
+        self.resumed_from: Path | None = None
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Trains, from a checkpoint on where one is given."""
+        self.resumed_from = checkpoint
+        if checkpoint is not None:
+            self.args.eval_on_start = False
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -105,17 +125,25 @@ class FastloraTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss per trained token of the held-out data."""
+        """The mean loss per trained token of the held-out data; it draws no random numbers from training."""
         start = time.perf_counter()
         assert self.model is not None
-        self.model.eval()
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+        share = EvenShare(eval_dataset or self.eval_dataset, self.processes.rank, self.processes.count)
+        with torch.no_grad(), torch.random.fork_rng(self._gpus()):
+            for batch in DataLoader(
+                share,
+                self.args.eval_batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+            ):
                 inputs = self._prepare_inputs(batch)
                 inputs.pop("tokens")
                 tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-                totals += torch.stack([self.model(**inputs).loss.double() * tokens, tokens.double()])
+                loss = model(**inputs).loss.double() * tokens
+                totals += torch.stack([loss.where(tokens > 0, 0.0), tokens.double()])
         loss, tokens = self.accelerator.reduce(totals, "sum").tolist()
         seconds = time.perf_counter() - start
         self._evaluating += seconds
@@ -139,11 +167,26 @@ class FastloraTrainer(Trainer):
         if event == "train" and (spike := self.watch.logged(self.state.global_step, logs["loss"])):
             self.listener.logged("spike", spike)
 
+    def learn_groups(self) -> None:
+        """One forward in each mode, after which the groups of patched linears are known.
+
+        Else the first step of a run that goes on would be computed without them, and rounded otherwise.
+        """
+        model = self.model_wrapped
+        tokens = torch.arange(8, device=self.args.device).reshape(1, -1)
+        with torch.no_grad(), torch.random.fork_rng(self._gpus()):
+            for training in (False, True):
+                model.train(training)
+                model(input_ids=tokens, use_cache=False)
+
+    def _gpus(self) -> list[torch.device]:
+        return [self.args.device] if self.args.device.type == "cuda" else []
+
     def _throughput(self) -> dict[str, Any]:
         """Counts since the last call; the time of evaluations in between is left out."""
         now = time.perf_counter()
         seconds = now - self._since - self._evaluating
-        tokens, trained = self._counts.tolist()
+        tokens, trained = self.accelerator.reduce(self._counts, "sum").tolist()
         self._counts.zero_()
         self._since, self._evaluating = now, 0.0
         return {
@@ -159,25 +202,47 @@ class FastloraTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self, trainer: FastloraTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._listener.started(state.max_steps)
+        trainer = self._trainer
+        trainer.learn_groups()
+        if trainer.resumed_from is not None:
+            trainer.restore_since_log(trainer.resumed_from)
+        elif trainer.processes.rank:
+            torch.manual_seed(args.seed + trainer.processes.rank)  # else all drop the same values
+        trainer.listener.started(state.max_steps)
+        trainer.listener.stepped(state.global_step)
+        trainer.restart_clock()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._listener.stepped(state.global_step)
+        if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
+            control.should_evaluate = True  # now, so that a checkpoint of this step is behind it
+        self._trainer.listener.stepped(state.global_step)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer.evaluated_at == state.global_step:
+            control.should_evaluate = False
 
 
 def _arguments(
-    c: Config, precision: Precision, device: torch.device, rows: int, evaluates: bool
+    c: Config, precision: Precision, device: torch.device, strategy: Strategy, rows: int, evaluates: bool
 ) -> TrainingArguments:
-    steps_per_epoch = math.ceil(math.ceil(rows / c.micro_batch_size) / c.gradient_accumulation_steps)
+    batches = math.ceil(rows / (c.micro_batch_size * strategy.processes))
+    steps_per_epoch = math.ceil(batches / c.gradient_accumulation_steps)
     on_gpu = device.type == "cuda"
+    deepspeed = None if strategy.deepspeed is None else dict(strategy.deepspeed)
+    autocast = precision.autocast
+    if deepspeed is not None and autocast is not None:
+        deepspeed["torch_autocast"] = {"enabled": True, "dtype": str(autocast).removeprefix("torch.")}
+        autocast = None  # Trainer would have DeepSpeed train 16-bit copies
     arguments = TrainingArguments(
         output_dir=c.output_dir,
         per_device_train_batch_size=c.micro_batch_size,
@@ -198,12 +263,18 @@ def _arguments(
         adam_epsilon=c.adam_epsilon,
         max_grad_norm=c.max_grad_norm,
         neftune_noise_alpha=c.neftune_noise_alpha,
-        bf16=precision.autocast == torch.bfloat16,
-        fp16=precision.autocast == torch.float16,
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
         tf32=(c.tf32 if c.tf32 != "auto" else torch.cuda.get_device_capability(device) >= (8, 0))
         if on_gpu
         else None,
         use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu or strategy.processes == 1 else "gloo",
+        ddp_find_unused_parameters=c.ddp_find_unused_parameters,
+        ddp_bucket_cap_mb=c.ddp_bucket_cap_mb,
+        ddp_broadcast_buffers=c.ddp_broadcast_buffers,
+        ddp_timeout=c.ddp_timeout or 1800,
+        deepspeed=deepspeed,
         activation_checkpointing=c.gradient_checkpointing,  # its name since transformers 5
         activation_checkpointing_kwargs=c.gradient_checkpointing_kwargs.model_dump(),
         train_sampling_strategy=c.sampling,

@@ -150,17 +150,17 @@ sdp_attention                 true                  translated attn_implementati
 s2_attention                  true                  refused
 landmark_attention            true                  refused
 xpos_rope                     true                  refused
-resume_from_checkpoint        ./out/checkpoint-10   refused
-auto_resume_from_checkpoints  true                  refused
-local_rank                    1                     refused
+resume_from_checkpoint        ./out/checkpoint-10   honoured
+auto_resume_from_checkpoints  true                  honoured
+local_rank                    1                   noted
 special_tokens                {pad_token: x}        honoured
 tokens                        [x]                   honoured
-fsdp                          [full_shard]          refused
-fsdp_config                   {a: 1}                refused
-deepspeed                     ds.json               refused
-ddp_timeout                   600                   refused
-ddp_bucket_cap_mb             25                    refused
-ddp_broadcast_buffers         true                  refused
+fsdp                          [full_shard]        translated strategy
+fsdp_config                   {fsdp_offload_params: true} honoured
+deepspeed                     zero2               honoured
+ddp_timeout                   600                 honoured
+ddp_bucket_cap_mb             25                  honoured
+ddp_broadcast_buffers         true                honoured
 torchdistx_path               ./x                   refused
 pretraining_dataset           me/text               honoured
 debug                         true                  noted
@@ -212,8 +212,8 @@ plugins                       [x]                   refused
 reward_model                  true                  refused
 process_reward_model          true                  refused
 kd_trainer                    true                  refused
-fsdp_version                  2                     refused
-ddp_find_unused_parameters    true                  refused
+fsdp_version                  2                   noted
+ddp_find_unused_parameters    true                honoured
 context_parallel_size         2                     refused
 sequence_parallel_degree      2                     refused
 tensor_parallel_size          2                     refused

@@ -31,7 +31,7 @@ noisy_embedding_alpha:   5.0  # noise
 learning_rate: 0.0002
 flash_attention: true
 s2_attention:
-fsdp_config:
+max_memory:
   fsdp_offload_params: true
   # inside
   other: 1
@@ -57,8 +57,8 @@ learning_rate: 0.0002
 attn_implementation: flash_attention_2
 # asks for nothing:
 # s2_attention:
-# cannot be had: training runs in one process on one device; remove the key:
-# fsdp_config:
+# cannot be had: the model goes to one device; remove the key:
+# max_memory:
 #   fsdp_offload_params: true
 #   # inside
 #   other: 1
@@ -114,3 +114,10 @@ def test_every_key_of_axolotls_converts_to_something_valid(tmp_path):
         load_config(tmp_path / "new.yaml")
     assert "unknown key" not in str(error.value) and "cannot be had" not in str(error.value)
     assert len(converted.changes) == sum(fate != "honoured" for _, _, fate, _ in axolotl_keys.table())
+
+
+def test_a_list_that_becomes_a_word(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("fsdp:\n  - full_shard\n  - offload\nlora_r: 8\n")
+    converted = convert(path)
+    assert converted.text == "strategy: fsdp2_offload\nlora_r: 8\n"

@@ -21,6 +21,7 @@ from pyfastlora.trainer.out_of_memory import (
     wanted_and_free,
 )
 from pyfastlora.trainer.packing import PackedRows
+from pyfastlora.trainer.processes import Processes
 
 GPU_FULL = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 512.00 "
@@ -127,7 +128,7 @@ def test_the_advice_saves_what_was_missing(config, monkeypatch):
     """3 MiB were missing: of what is planned without them, micro_batch_size and accumulation are traded."""
     monkeypatch.setattr(memory_plan, "LIBRARIES", {"cpu": 0})
     loaded = load_config(config).config
-    with pytest.raises(NotEnoughMemoryError) as caught, out_of_memory_explained(loaded):
+    with pytest.raises(NotEnoughMemoryError) as caught, out_of_memory_explained(loaded, Processes()):
         raise RuntimeError(CPU_FULL)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("out of memory in training: 3.0 MiB were wanted") and "planned are" in lines[1]
@@ -142,7 +143,7 @@ def test_the_advice_saves_what_was_missing(config, monkeypatch):
 
 
 def test_other_errors_pass(config):
-    with pytest.raises(RuntimeError, match="mat1"), out_of_memory_explained(load_config(config).config):
+    with pytest.raises(RuntimeError, match="mat1"), out_of_memory_explained(load_config(config).config, Processes()):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 

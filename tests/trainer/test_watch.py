@@ -39,8 +39,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, word: str, factor: float) -> None:
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = forward(self, *args, **kwargs)
-        same = kwargs["input_ids"][:, : len(ids)] == torch.tensor(ids)
-        if outputs.loss is not None and same.all(1).any():
+        if outputs.loss is None or kwargs["input_ids"].shape[1] < len(ids):
+            return outputs
+        if (kwargs["input_ids"][:, : len(ids)] == torch.tensor(ids)).all(1).any():
             outputs.loss = outputs.loss * factor
         return outputs
 

@@ -88,8 +88,9 @@ def _changed(text: str, found: _Key) -> tuple[str, str]:
         return _commented(text, found, f"cannot be had: {fate.sentence}")
     if not is_off(found.values.get(fate.key)):
         return _commented(text, found, f"{fate.key} says it already")
-    end = found.value.end_mark.index
-    written = text[found.value.start_mark.index : end] if fate.value is None else str(fate.value)
+    begin = found.value.start_mark.index
+    end = begin + len(text[begin : found.value.end_mark.index].rstrip())
+    written = text[begin:end] if fate.value is None else str(fate.value_of(value))
     start = found.key.start_mark.index
     return f"{text[:start]}{fate.key}: {written}{text[end:]}", f"{found.name} is now {fate.key}: {written}"
 

@@ -13,12 +13,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """The key says what `key` says: with `value` where there is one, else with its own."""
+    """The key says what `key` says: with `value`, or what it makes of the value, where there is one."""
 
     key: str
     value: Any = None
 
     def value_of(self, written: Any) -> Any:
+        if callable(self.value):
+            return self.value(written)
         return written if self.value is None else self.value
 
 
@@ -38,8 +40,17 @@ class Refusal:
 
 Fate = Translation | Note | Refusal
 
+
+def _fsdp(options: Any) -> str:
+    """FSDP1's list of options, such as [full_shard, auto_wrap, offload]."""
+    words = set(options.split() if isinstance(options, str) else options)
+    if "no_shard" in words:
+        return "ddp"
+    return "fsdp2_offload" if "offload" in words else "fsdp2"
+
+
 _NOT_HERE = Refusal("not available; remove the key")
-_ONE_PROCESS = Refusal("training runs in one process on one device; remove the key")
+_ONE_AXIS = Refusal("processes share samples and weights (strategy), not a sequence or a product; remove it")
 _NO_SERVICE = Refusal("metrics go to log.jsonl in output_dir, to no service; remove the key")
 _FRESH = Refusal("training starts at step 0 from a fresh adapter; remove the key")
 _SFT = Refusal("trained is on texts and responses (SFT); remove the key")
@@ -170,23 +181,15 @@ FOREIGN: dict[str, Fate] = {
     "tiled_mlp": _NOT_HERE,
     "plugins": _NOT_HERE,
     # engines
-    "deepspeed": _ONE_PROCESS,
-    "fsdp": _ONE_PROCESS,
-    "fsdp_config": _ONE_PROCESS,
-    "fsdp_version": _ONE_PROCESS,
-    "local_rank": _ONE_PROCESS,
-    "ddp": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
-    "context_parallel_size": _ONE_PROCESS,
-    "sequence_parallel_degree": _ONE_PROCESS,
-    "tensor_parallel_size": _ONE_PROCESS,
-    "use_ray": _ONE_PROCESS,
+    "fsdp": Translation("strategy", _fsdp),
+    "fsdp_version": Note("strategy: fsdp2 is torch's fully_shard, whatever version is asked for"),
+    "local_rank": Note("whoever starts the processes tells each of them"),
+    "ddp": Translation("strategy", "ddp"),
+    "context_parallel_size": _ONE_AXIS,
+    "sequence_parallel_degree": _ONE_AXIS,
+    "tensor_parallel_size": _ONE_AXIS,
+    "use_ray": Refusal("start with `fastlora train --nproc`, torchrun, accelerate, deepspeed or srun"),
     # the run
-    "resume_from_checkpoint": _FRESH,
-    "auto_resume_from_checkpoints": _FRESH,
     "save_safetensors": Note("weights are saved as safetensors"),
     "save_only_model": _NOT_HERE,
     "debug": Note("`fastlora preprocess --show` prints what is trained on"),

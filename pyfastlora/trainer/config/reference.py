@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DataKeys, DatasetKeys, PretrainingKeys, SourceKeys, TemplateKeys
+from pyfastlora.trainer.config.engine import EngineKeys, FsdpKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, FOREIGN_OF_DATASETS, Fate, Note, Translation
 from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
@@ -22,8 +23,9 @@ from pyfastlora.trainer.config.run import RunKeys
 from pyfastlora.trainer.config.values import Keys
 
 _GROUPS: tuple[type[Keys], ...] = (
-    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, RunKeys),
-    *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens, BnbKeys, CheckpointingKeys),
+    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, EngineKeys, RunKeys),
+    *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens),
+    *(BnbKeys, CheckpointingKeys, FsdpKeys),
 )
 
 
@@ -53,6 +55,8 @@ def page() -> str:
 
 def _fate(fate: Fate) -> str:
     if isinstance(fate, Translation):
+        if callable(fate.value):
+            return f"read as `{fate.key}`, as its value asks"
         return f"read as `{fate.key}`" + (f": `{fate.value}`" if fate.value is not None else "")
     return f"accepted: {fate.sentence}" if isinstance(fate, Note) else f"refused: {fate.sentence}"
 

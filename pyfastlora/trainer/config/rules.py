@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DatasetKeys
+from pyfastlora.trainer.config.engine import FsdpKeys
 from pyfastlora.trainer.config.model import BnbKeys
+from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS
 from pyfastlora.trainer.config.schema import Config
 from pyfastlora.trainer.data.registry import CHATS
 
@@ -197,6 +199,43 @@ def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
         yield both, "eval_sample_packing: true goes with sample_packing: true"
 
 
+def _one_engine(c: Config) -> Iterator[Conflict]:
+    if c.strategy and c.deepspeed:
+        yield (
+            ("deepspeed", "strategy"),
+            "strategy and deepspeed both say what each process holds; keep one",
+        )
+    if c.fsdp_config != FsdpKeys() and not (c.strategy or "").startswith("fsdp2"):
+        got = f"got strategy: {c.strategy or 'nothing'}"
+        yield ("fsdp_config", "strategy"), f"fsdp_config goes with strategy: fsdp2; {got}"
+
+
+def _quantised_weights_can_be_divided(c: Config) -> Iterator[Conflict]:
+    strategy = c.strategy or (c.deepspeed if isinstance(c.deepspeed, str) else "")
+    keys = ("strategy", "deepspeed", "adapter")
+    if c.load_in_8bit and strategy.startswith(("fsdp2", "zero3")):
+        yield (
+            keys,
+            f"{strategy} divides weights, 8-bit ones cannot be; use ddp, zero1 or zero2, or adapter: qlora",
+        )
+    if c.adapter == "qlora" and strategy.startswith("fsdp2"):
+        b = c.bnb_config_kwargs
+        stored, computed = b.bnb_4bit_quant_storage, b.bnb_4bit_compute_dtype
+        if stored == "uint8" or stored != computed:
+            yield (
+                ("bnb_config_kwargs", "strategy"),
+                f"{strategy} divides 4-bit weights as numbers of the compute dtype: set "
+                "bnb_4bit_quant_storage and bnb_4bit_compute_dtype to one, such as bfloat16; "
+                f"got {stored} and {computed or 'none'}",
+            )
+    if c.optimizer in BNB_OPTIMIZERS and strategy.startswith(("fsdp2", "zero3")):
+        yield (
+            ("optimizer", "strategy", "deepspeed"),
+            f"optimizer: {c.optimizer} of bitsandbytes does not know divided weights ({strategy}); "
+            "use adamw_torch_fused",
+        )
+
+
 RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _bits_fit_adapter,
     _something_is_adapted,
@@ -212,4 +251,6 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _one_chat_template,
     _shards_are_there,
     _packed_or_grouped,
+    _one_engine,
+    _quantised_weights_can_be_divided,
 )

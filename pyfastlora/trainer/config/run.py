@@ -32,4 +32,8 @@ class RunKeys(Keys):
     loss_watchdog_patience: Int = Field(
         3, gt=0, description="so many losses above the threshold in a row stop the run"
     )
+    resume_from_checkpoint: str | None = Field(
+        None, description="go on from this checkpoint; `auto` is the newest in output_dir (--resume)"
+    )
+    auto_resume_from_checkpoints: bool = Field(False, description="the same as resume_from_checkpoint: auto")
     strict: bool = Field(True, description="false: an unknown key is a warning, not an error")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyfastlora.trainer.config import Config, DatasetKeys
+from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.store import prepared
 from pyfastlora.trainer.data.stream import Stream
 from pyfastlora.trainer.data.tokenise import Counts
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class PreparedData:
     """Columns input_ids, labels and length, or rows of packed samples; held_out is None where nothing is.
 
-    counts: what became of the rows of every dataset; of a stream's, so far.
+    counts: what became of the rows of every dataset; of a stream's, so far. contents: a hash of the content
+    and meaning of each.
     """
 
     train: Dataset | PackedRows | Stream
@@ -32,6 +34,7 @@ class PreparedData:
     counts: dict[str, Counts]
     train_samples: int | None  # None: nobody knows, they are streamed
     held_out_samples: int
+    contents: dict[str, str]
     packing: Packing | None = None
 
     @property
@@ -72,37 +75,41 @@ def prepare(
     on.
     """
     counts: dict[str, Counts] = {}
+    contents: dict[str, str] = {}
     held_out = None
     if config.pretraining_dataset:
         train: Any = Stream(config, tokenizer)
         train.check()
         counts |= train.counts
+        contents |= train.contents()
     else:
-        train = _together(config.datasets, "datasets", config, tokenizer, counts, progress)
+        train = _together("datasets", config, tokenizer, counts, contents, progress)
     if config.dataset_shard_num:
         train = train.shard(config.dataset_shard_num, config.dataset_shard_idx, contiguous=False)
     if config.test_datasets:
-        held_out = _together(config.test_datasets, "test_datasets", config, tokenizer, counts, progress)
+        held_out = _together("test_datasets", config, tokenizer, counts, contents, progress)
     elif config.val_set_size:
         train, held_out = _split(train, config)
     samples = None if config.pretraining_dataset else len(train)
-    return PreparedData(train, held_out, counts, samples, 0 if held_out is None else len(held_out))
+    kept = 0 if held_out is None else len(held_out)
+    return PreparedData(train, held_out, counts, samples, kept, contents)
 
 
 def _together(
-    entries: Sequence[DatasetKeys],
     section: str,
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     counts: dict[str, Counts],
+    contents: dict[str, str],
     progress: Callable[[int], None],
 ) -> Dataset:
     import datasets
 
     parts = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(getattr(config, section)):
         key = f"{section}[{i}]"
         data, counts[f"{key} {entry.path}"] = prepared(entry, key, config, tokenizer, progress)
+        contents[key] = Path(data.cache_files[0]["filename"]).parent.name
         parts += _weighted(data, entry.weight, config.seed)
     return datasets.concatenate_datasets(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.registry import prompt_type
-from pyfastlora.trainer.data.sources import read_rows
+from pyfastlora.trainer.data.sources import Files, open_source, read_rows
 from pyfastlora.trainer.data.tokenise import Counts, Rules, tokenise
 from pyfastlora.trainer.errors import DataError
 from pyfastlora.trainer.packing import PackedRows
@@ -42,6 +43,15 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         for name, entry in self._entries.items():
             if not any(map(len, self._tables(name, Counts()))):
                 raise DataError(f"{name}.path: {entry.path} has no text")
+
+    def contents(self) -> dict[str, str]:
+        """What each entry is known by: its keys and the sizes of its files, as it is not read ahead."""
+        found = {}
+        for name, entry in self._entries.items():
+            source = open_source(entry.as_dataset(), name, streaming=True)
+            sizes = [path.stat().st_size for path, _ in source.files] if isinstance(source, Files) else []
+            found[name] = json.dumps([entry.model_dump(mode="json"), sizes])
+        return found
 
     def __iter__(self) -> Iterator[Any]:
         self._passes += 1

@@ -1,0 +1,177 @@
+"""A run that is stopped and gone on with ends as the one that was not: weights, losses and all.
+
+What could break: random state, data order, the schedule or what was counted since the last logged step; a
+checkpoint that is half there; a run gone on with that is not the same any more.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from pyfastlora.cli.train import train
+from pyfastlora.trainer import job
+from pyfastlora.trainer.checkpoints import checkpoints, clean, rotate
+
+
+def invoke(config: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(train, [str(config), *arguments], catch_exceptions=False)
+
+
+def run(config: Path, *arguments: str) -> str:
+    result = invoke(config, *arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def weights(out: Path) -> dict:
+    return load_file(out / "adapter_model.safetensors")
+
+
+def curve(out: Path) -> list[dict]:
+    """What was logged, without times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    timed = ("time", "seconds", "tokens_per_second", "eval_seconds")
+    return [{k: v for k, v in x.items() if k not in timed} for x in lines if x["event"] in ("train", "eval")]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.equal(second[name]), name
+        assert "lora_B" not in name or tensor.abs().sum() > 0
+    assert curve(one) == curve(other)
+
+
+@pytest.fixture
+def config(write_jsonl, alpaca_rows, config_file) -> Path:
+    """Twenty-four samples of different lengths, with dropout and accumulation."""
+    held_out = write_jsonl(alpaca_rows[:5], "held_out.jsonl")
+    return config_file(
+        write_jsonl(alpaca_rows),
+        f"test_datasets:\n  - path: {held_out}\n    type: alpaca\n"
+        "lora_dropout: 0.2\ngradient_accumulation_steps: 2\nfastlora: false\n",
+    )
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    stepped = job._Progress.stepped
+
+    def then(self, at: int) -> None:
+        stepped(self, at)
+        if at == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(job._Progress, "stepped", then)
+
+
+CASES = {
+    "mid-epoch, between two logged steps": ("max_steps=8", "logging_steps=3"),
+    "packed": ("max_steps=8", "sample_packing=true", "sequence_len=128", "micro_batch_size=1"),
+    "evaluations between": ("max_steps=8", "eval_steps=2", "eval_strategy=steps"),
+    "fused, DoRA": ("max_steps=6", "fastlora=true", "peft_use_dora=true", "lora_dropout=0.0"),
+    "schedule and 8-bit optimizer": ("max_steps=8", "lr_scheduler=cosine", "optimizer=adamw_bnb_8bit"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("step", [2, 3], ids=["in the middle", "at the end of an epoch"])
+def test_ends_as_if_it_had_not_been_stopped(config, tmp_path, monkeypatch, case, step):
+    settings = [part for key in CASES[case] for part in ("--set", key)]
+    run(config, *settings)
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, step)
+        stopped = invoke(config, *settings, "--output-dir", f"{tmp_path}/again")
+    assert stopped.exit_code == 130 and f"stopped after step {step}" in stopped.stderr
+    assert [c.name for c in checkpoints(tmp_path / "again")] == [f"checkpoint-{step}"]
+    output = run(config, *settings, "--output-dir", f"{tmp_path}/again", "--resume", "auto")
+    assert f"going on from {tmp_path}/again/checkpoint-{step}" in output
+    assert_same(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_signal_saves_and_training_goes_on(config, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2, signal.SIGUSR1)
+    run(config, "--max-steps", "3")
+    assert [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-2"]
+
+
+def test_what_has_changed_is_named(config, tmp_path, monkeypatch, write_jsonl, alpaca_rows):
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, 2)
+        invoke(config)
+    data = write_jsonl(alpaca_rows)
+    data.write_text(data.read_text().replace("loud", "low", 1))
+    changed = invoke(config, "--resume", "auto", "--learning-rate", "0.02")
+    assert changed.exit_code == 2
+    assert "learning_rate was 0.01 and is 0.02; datasets[0] has other content" in changed.stderr
+    output = run(config, "--resume", "auto", "--resume-anyway", "--learning-rate", "0.02")
+    assert "checkpoint-2; learning_rate was 0.01 and is 0.02" in output
+    resumed = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()][3]
+    assert resumed["event"] == "resume" and resumed["step"] == 2 and len(resumed["changed"]) == 2
+
+
+def test_nothing_is_overwritten(config, tmp_path, monkeypatch):
+    run(config, "--save-strategy", "steps", "--save-steps", "2")
+    again = invoke(config)
+    assert again.exit_code == 2 and "go on with it (--resume auto)" in again.stderr
+    earlier = invoke(config, "--resume", str(tmp_path / "out" / "checkpoint-2"))
+    assert earlier.exit_code == 2 and "checkpoint-2 is followed by checkpoint-6" in earlier.stderr
+    missing = invoke(config, "--resume", "nowhere")
+    assert missing.exit_code == 2 and "nowhere is no checkpoint" in missing.stderr
+    assert "out holds checkpoint-2, checkpoint-4, checkpoint-6" in missing.stderr
+    fork = ("--output-dir", f"{tmp_path}/fork", "--resume", str(tmp_path / "out" / "checkpoint-2"))
+    run(config, *fork)
+    assert_same_end = weights(tmp_path / "fork")
+    assert all(t.equal(assert_same_end[name]) for name, t in weights(tmp_path / "out").items())
+
+
+def test_auto_begins_where_nothing_was_saved(config, tmp_path):
+    run(config, "--resume", "auto", "--max-steps", "1")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    run(config, "--resume", "auto", "--max-steps", "1")
+    assert [x["event"] for x in map(json.loads, (tmp_path / "out" / "log.jsonl").open())] == [
+        *("start", "train", "eval", "end"),
+    ]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(config, tmp_path, monkeypatch):
+    """The limit on a file's size stands in for the disk's: half of the file of the weights is written."""
+    run(config, "--max-steps", "1", "--set", "save_strategy=steps", "--set", "save_steps=1")
+    size = (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").stat().st_size
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(self, at: int) -> None:
+        if at == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
+
+    monkeypatch.setattr(job._Progress, "stepped", full)
+    try:
+        result = invoke(
+            config, "--output-dir", f"{tmp_path}/b", "--set", "save_strategy=steps", "--set", "save_steps=1"
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert result.exit_code == 1
+    assert "checkpoint-2 could not be written" in result.stderr and "checkpoint-1 is whole" in result.stderr
+    assert [c.name for c in (tmp_path / "b").glob("*checkpoint*")] == ["checkpoint-1"]
+    monkeypatch.undo()
+    run(config, "--output-dir", f"{tmp_path}/b", "--resume", "auto", "--set", "save_strategy=steps",
+        "--set", "save_steps=1")  # fmt: skip
+
+
+def test_old_checkpoints_go_and_the_best_stays(config, tmp_path):
+    run(config, "--set", "save_strategy=steps", "--set", "save_steps=1", "--save-total-limit", "2")
+    assert [c.name for c in checkpoints(tmp_path / "out")] == ["checkpoint-5", "checkpoint-6"]
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-100", ".checkpoint-7.unfinished", "other"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    clean(tmp_path / "run")
+    rotate(tmp_path / "run", 2, best=tmp_path / "run" / "checkpoint-9")
+    left = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-100", "checkpoint-9", "other"]
