@@ -29,7 +29,7 @@ GiB = 2**30
 LIBRARIES = {"cpu": 0.6 * GiB, "cuda": 0.8 * GiB}
 #: The allocator's gaps, as a share of what tensors take.
 GAPS = {"cpu": 0.05, "cuda": 0.05}
-#: DeepSpeed's and DDP's gradients in flight, in values.
+#: Values of the buffer that DeepSpeed collects gradients in (its reduce_bucket_size), however few there are.
 BUCKET = 500_000_000
 
 
@@ -250,7 +250,7 @@ def assemble(
         TRAINED: share(bytes_of(trained), shares.weights),
         OPTIMIZER: share(state_bytes(config.optimizer, trained), shares.optimizer),
         DEQUANTISED: _dequantised(config, model, machine),
-        ENGINE: _buffers(strategy, processes, model),
+        ENGINE: _buffers(strategy, processes, machine, model),
     }
     host = {name: lasting.pop(name) for name in list(lasting) if name in shares.offloads}
     moments = {name: _shared(peak.kinds, gradients) for name, peak in peaks.items()}
@@ -299,11 +299,14 @@ def _dequantised(config: Config, model: Rehearsal, machine: Machine) -> int:
     return largest + sum(copies.get(id(w), 0) for w in model.largest_block)
 
 
-def _buffers(strategy: str, processes: int, model: Rehearsal) -> int:
+def _buffers(strategy: str, processes: int, machine: Machine, model: Rehearsal) -> int:
     """Gradients in flight, and the layers that are whole at the moment: one in use, one on its way."""
-    if processes == 1 or strategy == "single":
+    whole_layers = 2 * bytes_of(model.largest_block)
+    if strategy.startswith("zero"):
+        two = machine.device == "cuda" and not strategy.startswith("zero3")  # one fills as one is sent
+        buckets = BUCKET * model.trained[0].element_size() * (1 + two)
+        return buckets + (whole_layers if strategy.startswith("zero3") else 0)
+    if processes == 1:
         return 0
-    if strategy.startswith(("zero3", "fsdp2")):
-        return 2 * bytes_of(model.largest_block)
-    trained = model.trained
-    return bytes_of(trained) if strategy == "ddp" else min(bytes_of(trained), 4 * BUCKET)
+    return whole_layers if strategy.startswith("fsdp2") else bytes_of(model.trained)
+
