@@ -24,6 +24,7 @@ from typing import Any
 
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import StoppedError, UserError
+from pyfastlora.trainer.hints import add_hint
 from pyfastlora.trainer.processes import LAUNCHED
 from pyfastlora.trainer.strategy import needs_process_group
 
@@ -105,7 +106,8 @@ def failures_told() -> Iterator[None]:
     except UserError as error:
         _tell(folder, str(error), error.exit_code)
         os._exit(error.exit_code)  # not to wait for others in a process group that is left
-    except Exception:
+    except Exception as error:
+        add_hint(error)
         _tell(folder, traceback.format_exc(), 1)
         os._exit(1)
 
