@@ -13,6 +13,7 @@ from pyfastlora import __version__
 VERBS = {
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
+    "evaluate": "Measure a model on what its job holds out.",
     "merge-lora": "Merge an adapter into its base: a model that needs no PEFT.",
     "preprocess": "Prepare the data of a YAML file, and say what it is like.",
     "convert-config": "Make a file of Axolotl's one of ours.",
