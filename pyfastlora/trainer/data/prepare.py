@@ -109,7 +109,8 @@ def held_out_by_dataset(
     if config.dataset_shard_num:
         chosen = chosen[config.dataset_shard_idx :: config.dataset_shard_num]
     chosen = chosen[_divided(len(chosen), config)[0]]
-    found, start = {}, 0
+    found: dict[str, Dataset] = {}
+    start = 0
     for name, data in parts.items():
         end = start + len(data)
         mine = np.sort(chosen[(chosen >= start) & (chosen < end)]) - start
