@@ -63,3 +63,7 @@ def main() -> None:
       fastlora quickstart
       fastlora train config.yaml
     """
+
+
+if __name__ == "__main__":
+    main()
