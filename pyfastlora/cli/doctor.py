@@ -6,15 +6,11 @@ import os
 
 import click
 
-from pyfastlora.cli._flags import KEYS_TOO, as_overrides
+from pyfastlora.cli._flags import as_overrides, keyed, takes_config
 
 
-@click.command(context_settings=KEYS_TOO, options_metavar="[OPTIONS] [--KEY VALUE]...")
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
-)
-@click.pass_context
+@keyed()
+@takes_config
 def doctor(ctx: click.Context, config: str, overrides: tuple[str, ...]) -> None:
     """Check a YAML file and all it names before anything is loaded.
 

@@ -14,6 +14,9 @@ VERBS = {
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
     "plan": "Say how much memory a job needs, and whether it fits.",
+    "evaluate": "Measure a model on what its job holds out.",
+    "inference": "Ask a model, in the words that it was trained with.",
+    "merge-lora": "Merge an adapter into its base: a model that needs no PEFT.",
     "preprocess": "Prepare the data of a YAML file, and say what it is like.",
     "convert-config": "Make a file of Axolotl's one of ours.",
     "schema": "Print the keys of a configuration as a JSON schema.",
@@ -60,3 +63,7 @@ def main() -> None:
       fastlora quickstart
       fastlora train config.yaml
     """
+
+
+if __name__ == "__main__":
+    main()

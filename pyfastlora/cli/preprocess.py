@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import click
 
-from pyfastlora.cli._flags import KEYS_TOO, as_overrides
+from pyfastlora.cli._flags import as_overrides, keyed, takes_config
 from pyfastlora.cli._user_errors import mistakes_reported
 
 
-@click.command(context_settings=KEYS_TOO, options_metavar="[OPTIONS] [--KEY VALUE]...")
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
-)
+@keyed()
+@takes_config
 @click.option("--show", default=0, metavar="N", help="Print so many samples, what is trained on in colour.")
 @click.option("--report", metavar="DIR", type=click.Path(), help="Write report.json and lengths.png there.")
-@click.pass_context
 def preprocess(
     ctx: click.Context, config: str, overrides: tuple[str, ...], show: int, report: str | None
 ) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from pyfastlora.cli._flags import KEYS_TOO, as_overrides
+from pyfastlora.cli._flags import as_overrides, keyed
 from pyfastlora.cli._threads import give_way
 from pyfastlora.cli._user_errors import mistakes_reported
 
 
-@click.command(context_settings=KEYS_TOO, options_metavar="[OPTIONS] [--KEY VALUE]...")
+@keyed()
 @click.argument("config", type=click.Path(dir_okay=False))
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."

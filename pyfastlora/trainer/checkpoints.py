@@ -58,7 +58,7 @@ def writing(run_dir: Path, step: int, is_first: bool, barrier: Callable[[], None
             _flush(run_dir)
         barrier()
     except Exception as error:
-        if (why := _no_room(error)) is None:
+        if (why := no_room(error)) is None:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         before = checkpoints(run_dir)
@@ -105,7 +105,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _no_room(error: BaseException) -> str | None:
+def no_room(error: BaseException) -> str | None:
     """The system's word for a full disk, where that is the error; torch and safetensors wrap it in theirs."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _NO_ROOM else None

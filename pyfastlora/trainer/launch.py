@@ -61,7 +61,7 @@ def launch(arguments: Sequence[str], layout: Layout) -> None:
     if layout.nnodes > 1 and layout.endpoint is None:
         raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, the same on every machine")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.nproc)))
-    # a store for each attempt: in a shared one the second finds the addresses of the first, and waits for them
+    # a store for each attempt: in a shared one the second finds addresses of the first, and waits for them
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if layout.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what this machine's name means

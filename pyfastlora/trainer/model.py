@@ -45,11 +45,11 @@ def check_base_model(config: Config, weights: bool = True) -> None:
     if not folder.is_dir():
         raise UserError(f"base_model: {name} is a file; give the folder that holds the model")
     if not (folder / "config.json").is_file():
-        raise UserError(f"base_model: {name} has no config.json; it holds {_listing(folder)}")
+        raise UserError(f"base_model: {name} has no config.json; it holds {listing(folder)}")
     if weights and not any(f for pattern in WEIGHT_FILES for f in folder.glob(pattern)):
         raise UserError(
             f"base_model: {name} has no weights (model.safetensors or pytorch_model.bin); "
-            f"it holds {_listing(folder)}"
+            f"it holds {listing(folder)}"
         )
 
 
@@ -245,7 +245,8 @@ def _linear_names(model: Any) -> list[str]:
     )
 
 
-def _listing(folder: Path) -> str:
+def listing(folder: Path) -> str:
+    """What a folder holds, for a sentence."""
     names = sorted(f.name for f in folder.iterdir())
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
 

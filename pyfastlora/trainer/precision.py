@@ -27,6 +27,10 @@ class Precision:
     autocast: torch.dtype | None
     adapter: torch.dtype
 
+    def cast(self, device: torch.device) -> torch.autocast:
+        """The context of matrix products on device."""
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
     def __str__(self) -> str:
         name = {None: "none", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
         return f"base {name[self.base]}, adapter {name[self.adapter]}, autocast {name[self.autocast]}"

@@ -143,8 +143,8 @@ def test_the_advice_saves_what_was_missing(config, monkeypatch):
 
 
 def test_other_errors_pass(config):
-    loaded = load_config(config).config
-    with pytest.raises(RuntimeError, match="mat1"), out_of_memory_explained(loaded, Processes()):
+    explained = out_of_memory_explained(load_config(config).config, Processes())
+    with pytest.raises(RuntimeError, match="mat1"), explained:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 

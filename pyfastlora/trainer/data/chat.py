@@ -84,13 +84,13 @@ class Conversations:
                 return f'"{self.flag}" of message {i} must be true or false'
         if self._trains(messages[0], self.roles[messages[0][self.role]]):
             return f'message 1 of "{self.field}" would be trained on: there is nothing to answer before it'
-        tools = self._offered(row)
+        tools = self.tools_of(row)
         return None if tools is None or _are_objects(tools) else f'"{self.tools}" must be a list of objects'
 
     def render(self, row: Row) -> tuple[Piece, ...]:
-        messages = [self._message(m) for m in row[self.field]]
+        messages = self.messages_of(row)
         trained = [i for i, m in enumerate(messages) if self._trains(row[self.field][i], m["role"])]
-        write = functools.partial(self._write, tools=self._offered(row))
+        write = functools.partial(self._write, tools=self.tools_of(row))
         whole = write(messages)
         pieces: list[Piece] = []
         at = 0
@@ -107,6 +107,14 @@ class Conversations:
             at = len(end)
         return tuple(piece for piece in (*pieces, *self._between(whole[at:])) if piece.text)
 
+    def messages_of(self, row: Row) -> list[dict[str, Any]]:
+        """A row's messages as the template gets them."""
+        return [self._message(m) for m in row[self.field]]
+
+    def opened(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
+        """A conversation up to where the assistant is to go on."""
+        return self._write(messages, tools, opened=True)
+
     def _message(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the template gets: role, content, and all else that the message says, such as tool_calls."""
         more = {k: v for k, v in given.items() if v is not None and k not in (self.role, self.content)}
@@ -114,7 +122,7 @@ class Conversations:
             more["tool_calls"] = [_with_arguments(call) for call in more["tool_calls"]]
         return more | {"role": self.roles[given[self.role]], "content": given.get(self.content) or ""}
 
-    def _offered(self, row: Row) -> Any:
+    def tools_of(self, row: Row) -> Any:
         """The tools of a row; some sets have them as text."""
         tools = row.get(self.tools) if self.tools else None
         return _from_json(tools) if isinstance(tools, str) else tools

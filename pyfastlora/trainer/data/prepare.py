@@ -16,6 +16,7 @@ from pyfastlora.trainer.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from pyfastlora.trainer.packing import PackedRows, Packing
@@ -95,6 +96,29 @@ def prepare(
     return PreparedData(train, held_out, counts, samples, kept, contents)
 
 
+def held_out_by_dataset(
+    config: Config, tokenizer: PreTrainedTokenizerBase, progress: Callable[[int], None] = lambda rows: None
+) -> dict[str, Dataset]:
+    """The held-out samples of `prepare`, apart for each dataset; with test_datasets nothing else is read."""
+    import numpy as np
+
+    if config.test_datasets:
+        return _entries("test_datasets", config, tokenizer, {}, {}, progress)
+    parts = _entries("datasets", config, tokenizer, {}, {}, progress)
+    chosen = np.arange(sum(map(len, parts.values())))
+    if config.dataset_shard_num:
+        chosen = chosen[config.dataset_shard_idx :: config.dataset_shard_num]
+    chosen = chosen[_divided(len(chosen), config)[0]]
+    found: dict[str, Dataset] = {}
+    start = 0
+    for name, data in parts.items():
+        end = start + len(data)
+        mine = np.sort(chosen[(chosen >= start) & (chosen < end)]) - start
+        found |= {name: data.select(mine)} if len(mine) else {}
+        start = end
+    return found
+
+
 def _together(
     section: str,
     config: Config,
@@ -105,13 +129,28 @@ def _together(
 ) -> Dataset:
     import datasets
 
-    parts = []
+    entries = _entries(section, config, tokenizer, counts, contents, progress)
+    return datasets.concatenate_datasets(list(entries.values()))
+
+
+def _entries(
+    section: str,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: dict[str, Counts],
+    contents: dict[str, str],
+    progress: Callable[[int], None],
+) -> dict[str, Dataset]:
+    import datasets
+
+    found = {}
     for i, entry in enumerate(getattr(config, section)):
         key = f"{section}[{i}]"
-        data, counts[f"{key} {entry.path}"] = prepared(entry, key, config, tokenizer, progress)
+        name = f"{key} {entry.path}"
+        data, counts[name] = prepared(entry, key, config, tokenizer, progress)
         contents[key] = Path(data.cache_files[0]["filename"]).parent.name
-        parts += _weighted(data, entry.weight, config.seed)
-    return datasets.concatenate_datasets(parts)
+        found[name] = datasets.concatenate_datasets(_weighted(data, entry.weight, config.seed))
+    return found
 
 
 def _weighted(data: Dataset, weight: float, seed: int) -> list[Dataset]:
@@ -124,14 +163,20 @@ def _weighted(data: Dataset, weight: float, seed: int) -> list[Dataset]:
 
 
 def _split(data: Dataset, config: Config) -> tuple[Dataset, Dataset]:
+    held_out, trained = _divided(len(data), config)
+    return data.select(trained), data.select(held_out)
+
+
+def _divided(count: int, config: Config) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Which of `count` samples are held out, and which are trained on."""
     import numpy as np
 
     size = config.val_set_size
-    held_out = int(size) if size >= 1 else max(1, round(size * len(data)))
-    if held_out >= len(data):
-        raise DataError(f"val_set_size: {size:g} of {len(data)} samples leaves nothing to train on")
-    order = np.random.default_rng(config.seed).permutation(len(data))
-    return data.select(np.sort(order[held_out:])), data.select(np.sort(order[:held_out]))
+    held_out = int(size) if size >= 1 else max(1, round(size * count))
+    if held_out >= count:
+        raise DataError(f"val_set_size: {size:g} of {count} samples leaves nothing to train on")
+    order = np.random.default_rng(config.seed).permutation(count)
+    return np.sort(order[:held_out]), np.sort(order[held_out:])
 
 
 def _line(key: str, c: Counts) -> str:

@@ -80,7 +80,7 @@ class _Side:
         self.model = models.add_adapter(base, config, precision, tokenizer).train()
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self._autocast = precision.autocast
+        self._precision = precision
         self._device = device
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
@@ -88,7 +88,7 @@ class _Side:
     def step(self, batch: dict[str, torch.Tensor], seed: int) -> None:
         torch.manual_seed(seed)
         started = time.perf_counter()
-        with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+        with self._precision.cast(self._device):
             loss = self.model(**batch).loss
         loss.backward()
         self._optimizer.step()

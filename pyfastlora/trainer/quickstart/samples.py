@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyfastlora.trainer import model as models
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data import alpaca
+from pyfastlora.trainer.inference import Sampling, generate
 from pyfastlora.trainer.precision import device_of_run, resolve_precision
 from pyfastlora.trainer.quickstart.corpus import INSTRUCTION, Pair
 
@@ -47,21 +46,11 @@ def answer(config: Config, adapter: Path, pairs: Sequence[Pair]) -> list[Sample]
     for pair in pairs:
         prompt = alpaca.prompt(INSTRUCTION, pair.code)
         with model.disable_adapter():
-            before = _generate(model, tokenizer, prompt)
-        samples.append(Sample(pair, before, _generate(model, tokenizer, prompt)))
+            before = _answer(model, tokenizer, prompt)
+        samples.append(Sample(pair, before, _answer(model, tokenizer, prompt)))
     return samples
 
 
-def _generate(model: Any, tokenizer: Any, prompt: str) -> str:
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=_NEW_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+def _answer(model: Any, tokenizer: Any, prompt: str) -> str:
+    text = generate(model, tokenizer, tokenizer(prompt)["input_ids"], Sampling(_NEW_TOKENS))
     return " ".join(text.split()) or "(nothing)"
