@@ -188,7 +188,12 @@ def _run(
             console.say(line)
     run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
     console.say(memory.line)
-    trainer.save_model(str(run_dir.path))
+    best = trainer.best() if config.load_best_model_at_end else None
+    if best is None:
+        trainer.save_model(str(run_dir.path))
+    else:
+        console.say(f"the lowest held-out loss was that of {best.name}, which is the result")
+        run_dir.copy_result(best)
     if processes.is_first:
         tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:

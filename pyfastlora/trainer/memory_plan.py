@@ -309,4 +309,3 @@ def _buffers(strategy: str, processes: int, machine: Machine, model: Rehearsal) 
     if processes == 1:
         return 0
     return whole_layers if strategy.startswith("fsdp2") else bytes_of(model.trained)
-

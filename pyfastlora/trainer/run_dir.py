@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -36,6 +37,10 @@ _PACKAGES = (
     *("pyfastlora", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"),
     *("tokenizers", "safetensors", "triton", "numpy"),
 )
+
+
+#: How the files begin that PEFT and transformers save.
+RESULTS = ("adapter_", "model", "config.json", "generation_config.json")
 
 
 class RunDir:
@@ -100,6 +105,12 @@ class RunDir:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=str) + "\n")
 
+    def copy_result(self, checkpoint: Path) -> None:
+        """The adapter or model of a checkpoint becomes that of the run."""
+        for path in checkpoint.iterdir():
+            if path.name.startswith(RESULTS):
+                shutil.copy2(path, self.path / path.name)
+
     def cut_log(self, step: int) -> None:
         """Takes back the lines about steps after `step`, which are done again, and the end."""
         path = self.path / "log.jsonl"
@@ -125,6 +136,9 @@ class NoRunDir(RunDir):
         pass
 
     def cut_log(self, step: int) -> None:
+        pass
+
+    def copy_result(self, checkpoint: Path) -> None:
         pass
 
     def log(self, event: str, values: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ class SavingTrainer(Trainer):
 
     processes: Processes
     fingerprint: dict[str, Any]
+    keep: int | None = None  # checkpoints; Trainer's own limit of 1 deletes the last one at the end
 
     def __init__(self, strategy: Strategy, fsdp: FsdpKeys, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -59,7 +60,13 @@ class SavingTrainer(Trainer):
                 ours = {"fingerprint": self.fingerprint, "since_log": since_log}
                 (folder / STATE).write_text(json.dumps(ours, indent=2), encoding="utf-8")
         if self.processes.is_first:
-            rotate(run_dir, self.args.save_total_limit, best)
+            rotate(run_dir, self.keep, best)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest held-out loss, where there is one and it is not the end."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir or ".") / f"checkpoint-{step}"
+        return best if step and step != self.state.global_step and best.is_dir() else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter in PEFT's format, or the whole model, by the first process; all have to call it."""

@@ -76,6 +76,7 @@ def make_trainer(
         eval_dataset=data.held_out,
     )
     trainer.listener, trainer.processes, trainer.fingerprint = listener, processes, fingerprint
+    trainer.keep = config.save_total_limit
     trainer.watch = Watch(data.train, config, Path(config.output_dir).expanduser())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps(trainer))
@@ -288,7 +289,7 @@ def _arguments(
         seed=c.seed,
         disable_tqdm=True,
         report_to="none",
-        save_total_limit=c.save_total_limit,
+        metric_for_best_model="loss" if evaluates else None,
         **_when("eval", c.eval_strategy, c.eval_steps, c.evals_per_epoch, steps_per_epoch, evaluates),
         **_when("save", c.save_strategy, c.save_steps, c.saves_per_epoch, steps_per_epoch, True),
     )
@@ -308,6 +309,8 @@ def _when(
 ) -> dict[str, Any]:
     if not wanted or strategy == "no":
         return {f"{what}_strategy": "no"}
+    if strategy == "best":
+        return {"save_strategy": "best"}
     if steps is None and per_epoch is None:
         return {f"{what}_strategy": "epoch"}
     return {

@@ -185,3 +185,36 @@ def test_a_run_killed_behind_its_last_step_takes_no_other(config, tmp_path):
     run(config, *settings, "--resume", "auto")
     assert all(tensor.equal(before[name]) for name, tensor in weights(tmp_path / "out").items())
     assert [line["step"] for line in curve(tmp_path / "out") if line["event"] == "train"] == [1, 2, 3, 4, 5]
+
+
+def test_the_best_is_kept_and_becomes_the_result(config, tmp_path):
+    """Steps so long that the held-out loss goes up again."""
+    settings = [
+        "learning_rate=1",
+        "save_strategy=steps",
+        "save_steps=1",
+        "save_total_limit=1",
+        "eval_steps=1",
+    ]
+    given = [part for key in (*settings, "load_best_model_at_end=true") for part in ("--set", key)]
+    output = run(config, *given)
+    found = {line["step"]: line["eval_loss"] for line in curve(tmp_path / "out") if line["event"] == "eval"}
+    best = min(found, key=found.__getitem__)
+    assert best < 6 and f"that of checkpoint-{best}" in output
+    assert [c.name for c in checkpoints(tmp_path / "out")] == [f"checkpoint-{best}", "checkpoint-6"]
+    result, last = weights(tmp_path / "out"), weights(tmp_path / "out" / "checkpoint-6")
+    assert all(t.equal(result[name]) for name, t in weights(tmp_path / "out" / f"checkpoint-{best}").items())
+    assert any(not t.equal(result[name]) for name, t in last.items())
+    again = tmp_path / "again"
+    run(
+        config,
+        *given[:6],
+        *given[8:10],
+        "--save-strategy",
+        "best",
+        "--output-dir",
+        str(again),
+        "--save-steps",
+        "",
+    )
+    assert checkpoints(again)[-1].name == f"checkpoint-{best}"

@@ -84,6 +84,22 @@ def _strategy_fits_steps(c: Config) -> Iterator[Conflict]:
             yield (f"{what}_strategy",), f"{what}_strategy: steps needs {counts[0]} or {counts[1]}"
 
 
+def _the_best_is_evaluated(c: Config) -> Iterator[Conflict]:
+    evaluates = (c.test_datasets or c.val_set_size) and c.eval_strategy != "no"
+    for key, asked in (
+        ("save_strategy", c.save_strategy == "best"),
+        ("load_best_model_at_end", c.load_best_model_at_end),
+    ):
+        if asked and not evaluates:
+            yield (
+                (key,),
+                f"{key}: the best is that with the lowest held-out loss; set val_set_size or test_datasets",
+            )
+    if c.load_best_model_at_end and c.save_strategy == "no":
+        both = ("load_best_model_at_end", "save_strategy")
+        yield both, "load_best_model_at_end chooses among checkpoints, and save_strategy: no saves none"
+
+
 def _one_source_of_data(c: Config) -> Iterator[Conflict]:
     if not c.datasets and not c.pretraining_dataset:
         yield (
@@ -243,6 +259,7 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _one_precision,
     _steps_or_ratio,
     _strategy_fits_steps,
+    _the_best_is_evaluated,
     _one_source_of_data,
     _a_stream_has_no_length,
     _one_held_out_set,

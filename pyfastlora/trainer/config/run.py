@@ -22,10 +22,17 @@ class RunKeys(Keys):
     eval_steps: Int | None = Field(None, gt=0, description="steps between two evaluations")
     evals_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
     eval_on_start: bool = Field(False, description="evaluate before the first step too")
-    save_strategy: Literal["no", "epoch", "steps"] | None = Field(None, description="default: epoch")
+    save_strategy: Literal["no", "epoch", "steps", "best"] | None = Field(
+        None, description="default: epoch; best: whenever the held-out loss is lower than ever"
+    )
     save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints")
     saves_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
-    save_total_limit: Int | None = Field(None, gt=0, description="checkpoints kept")
+    save_total_limit: Int | None = Field(
+        None, gt=0, description="checkpoints kept: the newest, and the one with the lowest held-out loss"
+    )
+    load_best_model_at_end: bool = Field(
+        False, description="the result is the checkpoint with the lowest held-out loss, not the last step"
+    )
     loss_watchdog_threshold: Float | None = Field(
         None, gt=0, description="a loss above it is logged as a spike (default: twice the median of 50)"
     )
