@@ -11,6 +11,7 @@ from pyfastlora import __version__
 
 # Each name, with _ for -, is also that of the module pyfastlora.cli.<verb> and of the command in it.
 VERBS = {
+    "init": "Write a first YAML file for a model and a dataset.",
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
     "evaluate": "Measure a model on what its job holds out.",
