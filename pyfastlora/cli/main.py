@@ -21,9 +21,11 @@ VERBS = {
     "convert-config": "Make a file of Axolotl's one of ours.",
     "schema": "Print the keys of a configuration as a JSON schema.",
     "quickstart": "See it work: a small model, real text, a few minutes.",
+    "fetch-examples": "Copy the example configurations and scripts to a folder.",
     "build": "Compile the kernels ahead of their first use.",
     "tune": "Time launch configurations on this GPU, and keep the best.",
     "info": "Show what runs on this machine, and why the rest does not.",
+    "completion": "Print a script with which a shell completes verbs, options and keys.",
 }
 
 
