@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -254,8 +255,9 @@ def _whole(config: Config, folder: Path, option: str, how: str) -> Config:
 
 def _dtype_of(folder: Path) -> torch.dtype:
     """The dtype in which a model was saved."""
-    import json
-
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = saved.get("dtype") or saved.get("torch_dtype") or "float32"
-    return getattr(torch, str(name))
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--merged: {folder}/config.json cannot be read: {error}") from None
+    found = getattr(torch, str(saved.get("dtype") or saved.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
