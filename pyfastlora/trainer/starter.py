@@ -121,7 +121,7 @@ def _about(model: _Model) -> str:
 
 
 def _look_at_data(path: str, type_name: str | None) -> _Data:
-    entry = DatasetKeys(path=path)
+    entry = DatasetKeys.model_validate({"path": path})
     try:
         numbered = list(itertools.islice(open_source(entry, "--dataset", streaming=True).rows(), _ROWS))
     except HubError as error:
