@@ -20,10 +20,17 @@ class _Mistake(click.ClickException):
 
 @contextmanager
 def mistakes_reported() -> Iterator[None]:
-    """Turns a UserError raised inside into click's way of ending a program."""
+    """Turns a UserError raised inside into click's way of ending a program.
+
+    Another error has a line "hint: .." behind its traceback where one is known.
+    """
     from pyfastlora.trainer.errors import UserError
+    from pyfastlora.trainer.hints import add_hint
 
     try:
         yield
     except UserError as error:
         raise _Mistake(str(error), error.exit_code) from error
+    except Exception as error:  # it keeps its traceback
+        add_hint(error)
+        raise

@@ -14,6 +14,7 @@ VERBS = {
     "init": "Write a first YAML file for a model and a dataset.",
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
+    "plan": "Say how much memory a job needs, and whether it fits.",
     "evaluate": "Measure a model on what its job holds out.",
     "inference": "Ask a model, in the words that it was trained with.",
     "merge-lora": "Merge an adapter into its base: a model that needs no PEFT.",
@@ -65,3 +66,7 @@ def main() -> None:
       fastlora quickstart
       fastlora train config.yaml
     """
+
+
+if __name__ == "__main__":
+    main()

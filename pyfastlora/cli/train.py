@@ -25,6 +25,7 @@ from pyfastlora.cli._user_errors import mistakes_reported
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet: the first one's address.")
 @click.option("--max-restarts", type=click.IntRange(0), default=0, help="Starts again after a failure.")
 @click.option("--resume-anyway", is_flag=True, help="Also if data, configuration or versions have changed.")
+@click.option("--dry-run", is_flag=True, help="One step on the fullest batch; nothing is left of it.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -37,6 +38,7 @@ def train(
     node_rank: int,
     rdzv_endpoint: str | None,
     max_restarts: int,
+    dry_run: bool,
 ) -> None:
     """Train an adapter as a YAML file describes it.
 
@@ -44,6 +46,7 @@ def train(
     fastlora train examples/lora.yaml
     fastlora train cfg.yaml --learning-rate 1e-4 --lora_r=32
     fastlora train cfg.yaml --set datasets[0].path=data.jsonl
+    fastlora train cfg.yaml --dry-run
     fastlora train cfg.yaml --resume auto
     fastlora train cfg.yaml --nproc 4 --strategy fsdp2
     fastlora train cfg.yaml --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
@@ -54,7 +57,7 @@ def train(
 
     \b
     Exit codes: 0 trained; 2 a mistake in the command line or the file; 3 a dataset is missing or malformed;
-    130 stopped by a signal, with a checkpoint; 1 anything else, such as a model without weights.
+    130 stopped by a signal, with a checkpoint; 1 anything else, such as too little memory.
     """
     overrides = (*overrides, *as_overrides(ctx.args))
     give_way()
@@ -71,9 +74,14 @@ def train(
             arguments = ["train", config, *(part for o in overrides for part in ("--set", o))]
             arguments += ["--resume", resume] if resume else []
             arguments += ["--resume-anyway"] if resume_anyway else []
+            arguments += ["--dry-run"] if dry_run else []
             launch(arguments, Layout(count, nnodes, node_rank, rdzv_endpoint, max_restarts))
             return
+        from pyfastlora.trainer.dry_run import dry_run as rehearse
         from pyfastlora.trainer.job import train as run_job
 
         with failures_told():
-            run_job(loaded, Console(), resume, resume_anyway)
+            if dry_run:
+                rehearse(loaded, Console())
+            else:
+                run_job(loaded, Console(), resume, resume_anyway)

@@ -8,7 +8,8 @@ is made from the two. A condition has no side effects. They run on every call, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,25 @@ LEFT_TO_PEFT = {
     "LoraParallelLinear": "Megatron splits its weight among processes",
     "SVDLinear": "AdaLoRA's third factor has no fused formula",
 }
+
+
+_counted = False
+_stand_ins: tuple[type, ...] = ()
+
+
+@contextmanager
+def memory_counted(*stand_ins: type[Tensor]) -> Iterator[None]:
+    """Inside, torch modes are no objection, and tensors of these classes pass for plain ones.
+
+    For a step of which a mode counts the memory, with values or without: it takes the ways of any other step.
+    """
+    global _counted, _stand_ins
+    before = _counted, _stand_ins
+    _counted, _stand_ins = True, stand_ins
+    try:
+        yield
+    finally:
+        _counted, _stand_ins = before
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,12 +276,13 @@ def l11_plain_tensors(call: Call) -> str | None:
     device = weight.device if x is None else x.device
     if device.type == "meta":
         return "on the meta device: nothing to compute with"
-    if x is not None and type(x) not in PLAIN:
+    if x is not None and type(x) not in PLAIN and type(x) not in _stand_ins:
         return f"x is a {_type(x)}, not a plain tensor"
     for name, tensor in call.tensors.items():
         if x is None and _type(tensor) == "DTensor":
             continue  # at rest; FSDP2 puts the plain tensor there for the time of the forward
-        if type(tensor) not in (call.kind.weights if tensor is weight else PLAIN):
+        plain = call.kind.weights if tensor is weight else PLAIN
+        if type(tensor) not in plain and type(tensor) not in _stand_ins:
             return f"{name} is a {_type(tensor)}, not a plain tensor"
         if tensor.device != device:
             return f"{name} is on {tensor.device}, x on {device}"
@@ -312,7 +333,7 @@ def l14_plain_execution(call: Call) -> str | None:
         return "torch.jit.trace is recording"
     if torch.autograd.forward_ad._current_level >= 0:
         return "inside forward-mode AD"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0 and not _counted:
         return f"{_type(_get_current_dispatch_mode())} is active: it is to see PEFT's own operations"
     for depth in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(depth)

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +75,31 @@ def train(
         clean(run_dir.path)
     for note in loaded.notes:
         console.say(f"note: {note}")
-    with libraries_quiet(), _backend_requests_checked():
-        return _run(loaded, run_dir, console, processes, start)
+    return run(loaded, run_dir, console, processes, start)
+
+
+def run(
+    loaded: LoadedConfig,
+    run_dir: RunDir,
+    console: Console,
+    processes: Processes,
+    start: Start,
+    choose: Callable[[PreparedData, Config], PreparedData] | None = None,
+) -> Result:
+    """The job in a folder that is known to be good, with what `choose` leaves of the data."""
+    from pyfastlora.trainer.out_of_memory import out_of_memory_explained
+
+    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config, processes):
+        return _run(loaded, run_dir, console, processes, start, choose)
 
 
 def _run(
-    loaded: LoadedConfig, run_dir: RunDir, console: Console, processes: Processes, start: Start
+    loaded: LoadedConfig,
+    run_dir: RunDir,
+    console: Console,
+    processes: Processes,
+    start: Start,
+    choose: Callable[[PreparedData, Config], PreparedData] | None,
 ) -> Result:
     import torch
     from transformers import set_seed
@@ -88,6 +107,8 @@ def _run(
     import pyfastlora
     from pyfastlora.trainer import model as models
     from pyfastlora.trainer.data.prepare import prepare
+    from pyfastlora.trainer.memory import Meter
+    from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.resume import check, fingerprint
     from pyfastlora.trainer.signals import Signals
@@ -108,6 +129,8 @@ def _run(
     current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
     checkpoint = start.checkpoint
     changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
+    memory = RunMemory.of(config, tokenizer, data.train, strategy.name, processes)
+    console.say(memory.line)
 
     set_seed(config.seed)  # before the adapter draws its A
     # shards of a model that no GPU could hold are made from CPU memory
@@ -124,12 +147,15 @@ def _run(
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if config.sample_packing and _keeps_apart(model, config, pad_id, device, console):
         data = _packed(data, config, console)
+    if choose is not None:
+        data = choose(data, config)
 
     if not processes.is_first:
         run_dir = NoRunDir(config.output_dir)
     run_dir.create(loaded, start.may_resume)
     kernels = _save_kernels(run_dir, report)
     run_dir.write_json("data.json", data.report)
+    run_dir.write_json("plan.json", memory.to_dict())
     run_dir.write_json("strategy.json", dataclasses.asdict(strategy))
     if checkpoint is not None:
         run_dir.cut_log(step_of(checkpoint))
@@ -146,6 +172,7 @@ def _run(
         *(model, data, config, precision, device, pad_id, progress),
         *(processes, strategy, current, signals),
     )
+    trainer.meter = Meter(model, device)
     started = time.perf_counter()
     with progress.shown(), signals:
         trainer.run(checkpoint)
@@ -159,6 +186,8 @@ def _run(
         run_dir.write_json("data.json", data.report)
         for line in data.counted():
             console.say(line)
+    run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
+    console.say(memory.line)
     trainer.save_model(str(run_dir.path))
     if processes.is_first:
         tokenizer.save_pretrained(str(run_dir.path))
@@ -271,6 +300,11 @@ class _Progress:
         if event == "eval":
             self.held_out_loss = values["eval_loss"]
             self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
+            return
+        if event == "spike":
+            samples = ", ".join(map(str, values.get("samples", [])[:8]))
+            spike = f"loss {values['loss']:.4f} is a spike; samples {samples}"
+            self._console.say(f"step {values['step']}: {spike}")
             return
         self._tokens += values["tokens"]
         self._seconds += values["seconds"]

@@ -24,6 +24,7 @@ from typing import Any
 
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import StoppedError, UserError
+from pyfastlora.trainer.hints import add_hint
 from pyfastlora.trainer.processes import LAUNCHED
 from pyfastlora.trainer.strategy import needs_process_group
 
@@ -60,6 +61,8 @@ def launch(arguments: Sequence[str], layout: Layout) -> None:
     if layout.nnodes > 1 and layout.endpoint is None:
         raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, the same on every machine")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.nproc)))
+    # a store for each attempt: in a shared one the second finds addresses of the first, and waits for them
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if layout.nnodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo asks what this machine's name means
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # of failures we tell ourselves
@@ -70,6 +73,7 @@ def launch(arguments: Sequence[str], layout: Layout) -> None:
         run_id="fastlora" if layout.endpoint else uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=layout.endpoint or "localhost:0",
+        local_addr="localhost" if layout.nnodes == 1 else None,
         rdzv_configs={"is_host": layout.node_rank == 0} if layout.nnodes > 1 else {},
         max_restarts=layout.max_restarts,
         monitor_interval=0.1,
@@ -102,7 +106,8 @@ def failures_told() -> Iterator[None]:
     except UserError as error:
         _tell(folder, str(error), error.exit_code)
         os._exit(error.exit_code)  # not to wait for others in a process group that is left
-    except Exception:
+    except Exception as error:
+        add_hint(error)
         _tell(folder, traceback.format_exc(), 1)
         os._exit(1)
 
@@ -110,16 +115,15 @@ def failures_told() -> Iterator[None]:
 def _tell(folder: str, text: str, exit_code: int) -> None:
     rank = int(os.environ["RANK"])
     told = {"rank": rank, "time": time.time(), "text": text, "exit_code": exit_code}
-    Path(folder, f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    Path(folder, f"{attempt}-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _told(folder: Path) -> list[dict[str, Any]]:
-    """What the processes said, in the order of time."""
-    return sorted((json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("*.json")), key=_time)
-
-
-def _time(told: dict[str, Any]) -> float:
-    return float(told["time"])
+    """What the processes of the last attempt said, in the order of time."""
+    last = max((int(p.name.partition("-")[0]) for p in folder.glob("*.json")), default=0)
+    told = [json.loads(p.read_text(encoding="utf-8")) for p in folder.glob(f"{last}-*.json")]
+    return sorted(told, key=lambda one: float(one["time"]))
 
 
 def _first(folder: Path, failures: dict[int, Any]) -> UserError:
@@ -134,7 +138,8 @@ def _first(folder: Path, failures: dict[int, Any]) -> UserError:
     if not told:
         rank, failure = next(iter(failures.items()))
         return UserError(f"process {rank} ended with exit code {failure.exitcode} and said nothing")
-    error = UserError(f"process {told[0]['rank']}: {told[0]['text']}")
+    name = f"process {told[0]['rank']}: " if told[0]["rank"] else ""
+    error = UserError(f"{name}{told[0]['text']}")
     error.exit_code = told[0]["exit_code"]
     return error
 

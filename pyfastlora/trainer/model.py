@@ -15,6 +15,7 @@ from torch import nn
 
 from pyfastlora.trainer.config import BNB_OPTIMIZERS, Config
 from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.precision import Precision
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         arguments |= {"quantization_config": _bnb_config(config, precision), "device_map": {"": device}}
     try:
         model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **arguments)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"base_model: {config.base_model} cannot be loaded: {first_line(error)}") from error
     if config.bits == 4 and device.type == "cpu":
         _make_4bit_trainable_on_cpu(model, config.base_model)
@@ -108,7 +109,7 @@ def add_adapter(
     """
     if config.adapter is None:
         if len(tokenizer) > vocabulary_of(model):
-            model.resize_token_embeddings(len(tokenizer))
+            _resize(model, len(tokenizer))
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -203,7 +204,12 @@ def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTraine
             f"lora_modules_to_save: the tokenizer has {len(tokenizer)} tokens, {config.base_model} has "
             f"embeddings for {rows}; add {name} and the output head, so that the rest is trained and saved"
         )
-    model.resize_token_embeddings(len(tokenizer))
+    _resize(model, len(tokenizer))
+
+
+def _resize(model: PreTrainedModel, rows: int) -> None:
+    # new rows are drawn around the mean of the others, which the meta device does not have
+    model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
 
 
 def _targets(model: nn.Module, config: Config) -> list[str] | str:

@@ -4,9 +4,10 @@ config.original.yaml   the file as the user wrote it
 config.resolved.yaml   every key with the value it had; `fastlora train` runs it again
 env.json               versions, machine, command line
 data.json              rows, samples, tokens per dataset
+plan.json              the memory that was planned, and the most that was taken
 strategy.json          what each process held, and DeepSpeed's configuration
 kernels.json, .txt     which modules were fused, and why the others were not
-log.jsonl              one JSON object per event: start, train, eval, resume, end
+log.jsonl              one JSON object per event: start, train, eval, spike, resume, end
 checkpoint-N/          adapter, optimizer, schedule and random state after N steps; see checkpoints.py
 adapter_*              the adapter in PEFT's format (without one: model.safetensors), the tokenizer beside it
 """

@@ -117,6 +117,13 @@ class SavingTrainer(Trainer):
         wrapped: Any = self.optimizer
         return wrapped.optimizer, self.lr_scheduler
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing for a run that was killed behind its last step: Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _since_log(self) -> dict[str, Any]:
         """What the next line of the log will hold from before a checkpoint; a list per process."""
         loss = self.accelerator.gather(self._tr_loss.reshape(1).double())

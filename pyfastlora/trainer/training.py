@@ -1,12 +1,13 @@
 """transformers' Trainer, set up from a configuration: the only file that knows Trainer's insides.
 
 What differs from Trainer as it comes: evaluation averages the loss over tokens (Trainer averages over
-batches), every logged step carries token counts and throughput, a loss that is not finite stops the run,
-and everything logged goes to a Listener instead of to Trainer's printers.
+batches), every logged step carries token counts and throughput, a loss that is not finite stops the run
+(watch.py), and everything logged goes to a Listener instead of to Trainer's printers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -30,13 +31,14 @@ from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.even_share import EvenShare
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
-from pyfastlora.trainer.errors import UserError
+from pyfastlora.trainer.memory import Meter
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.saving import SavingTrainer
 from pyfastlora.trainer.signals import Signals
 from pyfastlora.trainer.strategy import Strategy
+from pyfastlora.trainer.watch import Watch, per_token
 
 
 class Listener(Protocol):
@@ -47,7 +49,7 @@ class Listener(Protocol):
     def stepped(self, step: int) -> None: ...
 
     def logged(self, event: str, values: dict[str, Any]) -> None:
-        """event is `train` (every logging_steps), or `eval` (after every evaluation)."""
+        """event is `train` (every logging_steps), `eval` (after every evaluation) or `spike` (a loss)."""
 
 
 def make_trainer(
@@ -74,6 +76,7 @@ def make_trainer(
         eval_dataset=data.held_out,
     )
     trainer.listener, trainer.processes, trainer.fingerprint = listener, processes, fingerprint
+    trainer.watch = Watch(data.train, config, Path(config.output_dir).expanduser())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps(trainer))
     trainer.add_callback(signals)  # hears of a step's end after all others
@@ -91,6 +94,8 @@ class FastloraTrainer(SavingTrainer):
     """Trainer with token counts, token-weighted evaluation, checkpoints that are whole, and a Listener."""
 
     listener: Listener
+    watch: Watch
+    meter: Meter | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -111,7 +116,11 @@ class FastloraTrainer(SavingTrainer):
     ) -> torch.Tensor:
         counted = (inputs.pop("tokens"), (inputs["labels"][:, 1:] != IGNORED).sum())
         self._counts += torch.stack([count.to(self._counts.device) for count in counted])
-        return super().training_step(model, inputs, num_items_in_batch)
+        metered = self.meter.watching(inputs["input_ids"].numel()) if self.meter else contextlib.nullcontext()
+        with metered:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.watch.saw(self.state.global_step + 1, inputs, per_token(loss, counted[1], num_items_in_batch))
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -155,11 +164,8 @@ class FastloraTrainer(SavingTrainer):
         super().log(logs, start_time)
         if event is not None:
             self.listener.logged(event, {"step": self.state.global_step, **logs})
-        if event == "train" and not math.isfinite(logs["loss"]):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}, so training stopped; a lower "
-                "learning_rate, more warmup_steps or a smaller max_grad_norm usually helps"
-            )
+        if event == "train" and (spike := self.watch.logged(self.state.global_step, logs["loss"])):
+            self.listener.logged("spike", spike)
 
     def learn_groups(self) -> None:
         """One forward in each mode, after which the groups of patched linears are known.

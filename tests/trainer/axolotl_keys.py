@@ -114,8 +114,8 @@ eval_table_size               5                     refused
 eval_max_new_tokens           128                   refused
 eval_table_max_new_tokens     128                   refused
 eval_causal_lm_metrics        [sacrebleu]           refused
-loss_watchdog_threshold       5.0                   refused
-loss_watchdog_patience        3                     refused
+loss_watchdog_threshold       5.0                   honoured
+loss_watchdog_patience        3                     honoured
 save_safetensors              true                  noted
 train_on_inputs               true                  honoured
 group_by_length               true                  honoured

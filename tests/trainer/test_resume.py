@@ -175,3 +175,13 @@ def test_old_checkpoints_go_and_the_best_stays(config, tmp_path):
     rotate(tmp_path / "run", 2, best=tmp_path / "run" / "checkpoint-9")
     left = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-100", "checkpoint-9", "other"]
+
+
+def test_a_run_killed_behind_its_last_step_takes_no_other(config, tmp_path):
+    settings = ("--set", "save_strategy=steps", "--set", "save_steps=5", "--max-steps", "5")
+    run(config, *settings)
+    before = weights(tmp_path / "out")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    run(config, *settings, "--resume", "auto")
+    assert all(tensor.equal(before[name]) for name, tensor in weights(tmp_path / "out").items())
+    assert [line["step"] for line in curve(tmp_path / "out") if line["event"] == "train"] == [1, 2, 3, 4, 5]

@@ -195,8 +195,6 @@ FOREIGN: dict[str, Fate] = {
     "debug": Note("`fastlora preprocess --show` prints what is trained on"),
     "eval_table_size": _NO_SERVICE,
     "eval_causal_lm_metrics": _NOT_HERE,
-    "loss_watchdog_threshold": Refusal("a loss that is not finite stops the run; remove the key"),
-    "loss_watchdog_patience": Refusal("a loss that is not finite stops the run; remove the key"),
     "eval_table_max_new_tokens": _NO_SERVICE,
     "eval_max_new_tokens": _NO_SERVICE,
     "wandb_project": _NO_SERVICE,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pyfastlora.trainer.config.values import Int, Keys
+from pyfastlora.trainer.config.values import Float, Int, Keys
 
 
 class RunKeys(Keys):
@@ -26,6 +26,12 @@ class RunKeys(Keys):
     save_steps: Int | None = Field(None, gt=0, description="steps between two checkpoints")
     saves_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")
     save_total_limit: Int | None = Field(None, gt=0, description="checkpoints kept")
+    loss_watchdog_threshold: Float | None = Field(
+        None, gt=0, description="a loss above it is logged as a spike (default: twice the median of 50)"
+    )
+    loss_watchdog_patience: Int = Field(
+        3, gt=0, description="so many losses above the threshold in a row stop the run"
+    )
     resume_from_checkpoint: str | None = Field(
         None, description="go on from this checkpoint; `auto` is the newest in output_dir (--resume)"
     )
