@@ -44,6 +44,7 @@ class CompiledDistribution(Distribution):
 packages = [
     *find_packages(include=["pyfastlora", "pyfastlora.*"]),
     "pyfastlora.csrc",
+    "pyfastlora.examples",
     "pyfastlora.kernels_triton",
 ]
 

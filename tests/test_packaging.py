@@ -19,7 +19,7 @@ from packaging.version import Version
 from pyfastlora import _jit
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("pyfastlora", "csrc", "kernels_triton")
+SHIPPED = ("pyfastlora", "csrc", "examples", "kernels_triton")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # Names what the package would compile, and the key of it: equal where the sources are complete and the same.
@@ -29,6 +29,7 @@ from pyfastlora.ops import _native
 print(_jit.csrc())
 print(_native.recipe().key(), host.recipe().key())
 """
+FETCH = "from pyfastlora.cli.main import main; main(['fetch-examples', 'fetched'])"
 TRITON = "import pyfastlora.kernels_triton\n"
 TRITON_FILES = ("kernels_triton/__init__.py", "kernels_triton/tuning.json")
 
@@ -76,6 +77,8 @@ def test_the_wheel_needs_no_torch_and_no_compiler(checkout, tmp_path):
         metadata = content.read(next(name for name in files if name.endswith("/METADATA"))).decode()
     sources = {path for path in (ROOT / "csrc").rglob("*.[ch]*") if "tests" not in path.parts}
     assert {f"pyfastlora/csrc/{path.relative_to(ROOT / 'csrc')}" for path in sources} <= files
+    examples = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".md", ".py", ".yaml")}
+    assert {f"pyfastlora/examples/{name}" for name in examples} <= files
     assert {"pyfastlora/py.typed", *(f"pyfastlora/{path}" for path in TRITON_FILES)} <= files
     assert any(name.endswith("/licenses/LICENSE") for name in files)
     assert not [name for name in files if name.endswith((".so", ".o")) or "/tests/" in name]
@@ -86,6 +89,8 @@ def test_the_wheel_needs_no_torch_and_no_compiler(checkout, tmp_path):
     installed = unpacked(made, tmp_path / "installed")
     where, keys = python("-c", TRITON + LOOK, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert where == str(installed / "pyfastlora" / "csrc")
+    python("-c", FETCH, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert {path.name for path in (tmp_path / "fetched").iterdir()} == examples
     assert keys == python("-c", LOOK, cwd=tmp_path, PYTHONPATH=str(ROOT)).splitlines()[1]
 
 

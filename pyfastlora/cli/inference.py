@@ -78,9 +78,9 @@ def inference(
         loaded, choice = loaded_with_choice(ctx, config, overrides)
         from pyfastlora.trainer.inference import Prompts, Sampling, generate
         from pyfastlora.trainer.job import libraries_quiet
-        from pyfastlora.trainer.loading import load, tokenizer_of
+        from pyfastlora.trainer.loading import load, memory_told, tokenizer_of
 
-        with libraries_quiet():
+        with libraries_quiet(), memory_told("a shorter prompt and fewer --max-new-tokens take less"):
             prompts = Prompts(loaded.config, tokenizer_of(loaded.config), dataset, raw)
             ids = None
             if row is not None:

@@ -11,6 +11,7 @@ from pyfastlora import __version__
 
 # Each name, with _ for -, is also that of the module pyfastlora.cli.<verb> and of the command in it.
 VERBS = {
+    "init": "Write a first YAML file for a model and a dataset.",
     "train": "Train an adapter as a YAML file describes it.",
     "doctor": "Check a YAML file and all it names before anything is loaded.",
     "plan": "Say how much memory a job needs, and whether it fits.",
@@ -21,9 +22,11 @@ VERBS = {
     "convert-config": "Make a file of Axolotl's one of ours.",
     "schema": "Print the keys of a configuration as a JSON schema.",
     "quickstart": "See it work: a small model, real text, a few minutes.",
+    "fetch-examples": "Copy the example configurations and scripts to a folder.",
     "build": "Compile the kernels ahead of their first use.",
     "tune": "Time launch configurations on this GPU, and keep the best.",
     "info": "Show what runs on this machine, and why the rest does not.",
+    "completion": "Print a script with which a shell completes verbs, options and keys.",
 }
 
 

@@ -6,7 +6,7 @@ import re
 
 import click
 
-from pyfastlora.cli._flags import KEYS_TOO, as_overrides
+from pyfastlora.cli._flags import as_overrides, keyed, takes_config
 from pyfastlora.cli._user_errors import mistakes_reported
 
 DOES_NOT_FIT = 4
@@ -26,16 +26,12 @@ class Memory(click.ParamType):
         return int(float(found[1]) * base ** {"M": 2, "G": 3, "T": 4}[unit[0]])
 
 
-@click.command(context_settings=KEYS_TOO, options_metavar="[OPTIONS] [--KEY VALUE]...")
-@click.argument("config", type=click.Path(dir_okay=False))
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the file; repeatable."
-)
+@keyed()
+@takes_config
 @click.option("--nproc", default=1, type=click.IntRange(1), help="Processes that train together.")
 @click.option("--memory", type=Memory(), help="Of the device, such as 24GiB, instead of what is here.")
 @click.option("--benchmark", metavar="FILE", help="An adapter_tax.json, to guess tokens per second from.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-@click.pass_context
 def plan(
     ctx: click.Context,
     config: str,

@@ -25,7 +25,7 @@ from pyfastlora.trainer.data.prepare import held_out_by_dataset
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.errors import ConfigError
 from pyfastlora.trainer.job import libraries_quiet
-from pyfastlora.trainer.loading import Choice, LoadedModel, load, tokenizer_of
+from pyfastlora.trainer.loading import Choice, LoadedModel, load, memory_told, tokenizer_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +89,7 @@ def evaluate(loaded: LoadedConfig, choice: Choice, console: Console) -> Evaluati
     config = loaded.config
     if not config.test_datasets and not config.val_set_size:
         raise ConfigError("nothing is held out to evaluate: set test_datasets or val_set_size")
-    with libraries_quiet():
+    with libraries_quiet(), memory_told("a smaller eval_batch_size takes less"):
         tokenizer = tokenizer_of(config)
         with console.bar("tokenising", None, "rows") as bar:
             parts = held_out_by_dataset(config, tokenizer, bar.update)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from pyfastlora.trainer.checkpoints import checkpoints
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.registry import CHATS, prompt_type
 from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.precision import Precision, device_of_run, resolve_precision
 
 if TYPE_CHECKING:
@@ -166,9 +169,9 @@ def attach(
                 else:
                     found = model.load_adapter(str(folder), name, autocast_adapter_dtype=fp32)
                     missing = any(f".{name}." in key for key in found.missing_keys)
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             why = " ".join(str(error).split())
             raise UserError(f"{folder}: the adapter does not fit its base: {why[:300]}") from error
         if missing:
@@ -178,6 +181,17 @@ def attach(
         _scale(model, name, weight)
     model.requires_grad_(False)
     return model
+
+
+@contextmanager
+def memory_told(advice: str) -> Iterator[None]:
+    """Makes a UserError, with advice, of memory that does not suffice; other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {models.first_line(error)}; {advice}") from error
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -254,8 +268,9 @@ def _whole(config: Config, folder: Path, option: str, how: str) -> Config:
 
 def _dtype_of(folder: Path) -> torch.dtype:
     """The dtype in which a model was saved."""
-    import json
-
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = saved.get("dtype") or saved.get("torch_dtype") or "float32"
-    return getattr(torch, str(name))
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--merged: {folder}/config.json cannot be read: {error}") from None
+    found = getattr(torch, str(saved.get("dtype") or saved.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32

@@ -35,6 +35,7 @@ from pyfastlora.trainer.loading import (
     attach,
     find_adapters,
     load_base,
+    memory_told,
     names_of,
     settings_of,
     tokenizer_of,
@@ -93,7 +94,7 @@ def merge(loaded: LoadedConfig, request: Request, console: Console) -> Path:
     target.check()
     folders = find_adapters(config, request.choice)
     weights = _weights(folders, request.weights)
-    with libraries_quiet():
+    with libraries_quiet(), memory_told("without a GPU in sight (CUDA_VISIBLE_DEVICES=) the CPU merges"):
         return _merge(config, request, folders, weights, target, console)
 
 

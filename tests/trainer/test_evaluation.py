@@ -131,3 +131,13 @@ def test_a_model_without_adapter_is_evaluated_where_it_is(config, tmp_path):
 def test_mistakes(config, tmp_path, arguments, code, sentence):
     result = call(evaluate, config, *arguments)
     assert result.exit_code == code and sentence.format(tmp=tmp_path) in result.stderr, result.stderr
+
+
+def test_memory_that_does_not_suffice_is_told(config, monkeypatch):
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr("pyfastlora.trainer.evaluation._score", full)
+    result = call(evaluate, config, "--base")
+    said = "Error: out of memory: CUDA out of memory. Tried to allocate 9.00 GiB.; a smaller eval_batch_size"
+    assert result.exit_code == 1 and result.stderr.startswith(said)

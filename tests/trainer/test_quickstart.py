@@ -212,10 +212,3 @@ def test_a_used_folder_is_refused(tmp_path):
         f"Error: --dir: {tmp_path} is not empty (it holds notes.txt); choose another --dir"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_paths_survive_yaml(tmp_path):
-    import yaml
-
-    for path in (Path("a/b-1.x"), Path("with space: and #"), Path('quo"te'), Path("naïve")):
-        assert yaml.safe_load(f"key: {tour._yaml(path)}")["key"] == str(path)

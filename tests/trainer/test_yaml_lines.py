@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pyfastlora.trainer.config.yaml_lines import parse
+from pyfastlora.trainer.config.yaml_lines import parse, written
 from pyfastlora.trainer.errors import ConfigError
 
 
@@ -79,3 +79,9 @@ def test_aliases_cannot_explode():
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     with pytest.raises(ConfigError, match="aliases expand this file to more than 100000 values"):
         parse("\n".join(levels), "cfg.yaml")
+
+
+def test_what_is_written_is_read_again():
+    for text in ("a/b-1.x", "with space: and #", 'quo"te', "naïve", "true", "1e-4", "null", "~", "", "- a"):
+        assert parse(f"key: {written(text)}", "x").values == {"key": text}
+    assert written("./data/train.jsonl") == "./data/train.jsonl"

@@ -7,6 +7,7 @@ means the 1.2 reading, so this loader resolves plain scalars by 1.2's core rules
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -109,6 +110,12 @@ def compose(text: str) -> yaml.Node:
 def parse_scalar(text: str, name: str) -> Any:
     """One value as it would be read behind `key:` in a file; `name` says where it came from."""
     return parse(text, name).values
+
+
+def written(text: str) -> str:
+    """Text as a YAML scalar, quoted where it would be something else."""
+    plain = re.fullmatch(r"[\w./~][\w./~-]*", text) and isinstance(parse(f"a: {text}", "").values["a"], str)
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 @dataclass

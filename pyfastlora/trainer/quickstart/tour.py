@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 from pyfastlora.trainer import job
 from pyfastlora.trainer.config.load import load_config
+from pyfastlora.trainer.config.yaml_lines import written
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.quickstart import base_model, corpus
@@ -164,19 +164,14 @@ def _folder(options: Options) -> Path:
 def _config(options: Options, folder: Path, base: Path) -> str:
     return _CONFIG.format(
         folder=folder,
-        base=_yaml(base),
-        train=_yaml(folder / "train.jsonl"),
-        held_out=_yaml(folder / "held_out.jsonl"),
-        output=_yaml(folder / "run"),
+        base=written(str(base)),
+        train=written(str(folder / "train.jsonl")),
+        held_out=written(str(folder / "held_out.jsonl")),
+        output=written(str(folder / "run")),
         adapter="qlora" if options.adapter == "qlora" else "lora",
         extra=_EXTRA[options.adapter],
         epochs=f"{options.epochs:g}",
     )
-
-
-def _yaml(path: Path) -> str:
-    """A path as a YAML scalar, quoted only where it must be."""
-    return str(path) if re.fullmatch(r"[\w./~-]+", str(path)) else json.dumps(str(path), ensure_ascii=False)
 
 
 def _show(sample: Any, console: Console) -> None:
