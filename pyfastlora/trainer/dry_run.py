@@ -17,12 +17,12 @@ from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.errors import UserError
-from pyfastlora.trainer.memory_plan import in_words
 from pyfastlora.trainer.packing import PackedRows
 from pyfastlora.trainer.precision import device_of_run, resolve_precision
 from pyfastlora.trainer.processes import join
 from pyfastlora.trainer.rehearsal import base_on_meta
 from pyfastlora.trainer.run_dir import RunDir
+from pyfastlora.trainer.units import in_words
 
 _ONE_STEP = {
     **{"max_steps": 1, "logging_steps": 1},

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.checkpoints import clean, step_of
 from pyfastlora.trainer.config.load import LoadedConfig
-from pyfastlora.trainer.console import Bar, Console
+from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
 from pyfastlora.trainer.processes import Processes, join
+from pyfastlora.trainer.progress import Progress
 from pyfastlora.trainer.resume import find
 from pyfastlora.trainer.run_dir import NoRunDir, RunDir
 
@@ -166,7 +167,7 @@ def _run(
         run_dir.cut_log(-1)  # of a start that came to no checkpoint
         values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
         run_dir.log("start", values)
-    progress = _Progress(run_dir, console)
+    progress = Progress(run_dir, console)
     signals = Signals(processes)
     trainer = make_trainer(
         *(model, data, config, precision, device, pad_id, progress),
@@ -269,56 +270,6 @@ def _save_kernels(run_dir: RunDir, report: PatchReport | None) -> dict[str, Any]
     run_dir.write_json("kernels.json", kernels)
     run_dir.write_text("kernels.txt", f"{report}\n")
     return kernels
-
-
-class _Progress:
-    """Listener of a job: log.jsonl always; a bar on a terminal, a line per logged step elsewhere."""
-
-    def __init__(self, run_dir: RunDir, console: Console) -> None:
-        self._run_dir, self._console = run_dir, console
-        self._total: int | None = None
-        self._bar: Bar | None = None
-        self._tokens = self._seconds = 0.0
-        self.held_out_loss: float | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the whole run, evaluations left out."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows the bar for the time of a with block."""
-        with self._console.bar("training", None, "steps") as self._bar:
-            yield
-
-    def started(self, total_steps: int) -> None:
-        self._total = total_steps
-        self.stepped(0)
-
-    def stepped(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(step, total=self._total)
-
-    def logged(self, event: str, values: dict[str, Any]) -> None:
-        self._run_dir.log(event, values)
-        if event == "eval":
-            self.held_out_loss = values["eval_loss"]
-            self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
-            return
-        if event == "spike":
-            samples = ", ".join(map(str, values.get("samples", [])[:8]))
-            spike = f"loss {values['loss']:.4f} is a spike; samples {samples}"
-            self._console.say(f"step {values['step']}: {spike}")
-            return
-        self._tokens += values["tokens"]
-        self._seconds += values["seconds"]
-        text = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}"
-        text += f", {values['tokens_per_second']:.0f} tokens/s"
-        if self._console.is_terminal and self._bar is not None:
-            self._bar.update(values["step"], text)
-        else:
-            self._console.say(f"step {values['step']}/{self._total}: {text}")
 
 
 @contextmanager
