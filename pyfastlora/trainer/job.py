@@ -21,6 +21,7 @@ from pyfastlora.trainer.checkpoints import clean, step_of
 from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
+from pyfastlora.trainer.loggers import told
 from pyfastlora.trainer.processes import Processes, join
 from pyfastlora.trainer.progress import Progress
 from pyfastlora.trainer.resume import find
@@ -90,7 +91,12 @@ def run(
     """The job in a folder that is known to be good, with what `choose` leaves of the data."""
     from pyfastlora.trainer.out_of_memory import out_of_memory_explained
 
-    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config, processes):
+    with (
+        libraries_quiet(),
+        told(loaded.config),
+        _backend_requests_checked(),
+        out_of_memory_explained(loaded.config, processes),
+    ):
         return _run(loaded, run_dir, console, processes, start, choose)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from pyfastlora.trainer.config import BNB_OPTIMIZERS, Config
 from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.loggers import check_loggers
 from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.precision import Precision
 
@@ -33,6 +34,7 @@ def check_packages(config: Config) -> None:
     needed = config.bits or config.optimizer in BNB_OPTIMIZERS
     if needed and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
+    check_loggers(config)
 
 
 def check_base_model(config: Config, weights: bool = True) -> None:

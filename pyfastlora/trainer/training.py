@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pyfastlora.trainer import loggers
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.even_share import EvenShare
@@ -276,7 +277,7 @@ def _arguments(
         eval_on_start=c.eval_on_start,
         seed=c.seed,
         disable_tqdm=True,
-        report_to="none",
+        **loggers.arguments(c),
         metric_for_best_model="loss" if evaluates else None,
         **_when("eval", c.eval_strategy, c.eval_steps, c.evals_per_epoch, steps_per_epoch, evaluates),
         **_when("save", c.save_strategy, c.save_steps, c.saves_per_epoch, steps_per_epoch, True),
