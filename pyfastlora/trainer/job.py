@@ -24,6 +24,7 @@ from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
 from pyfastlora.trainer.loggers import told
 from pyfastlora.trainer.processes import Processes, join
 from pyfastlora.trainer.progress import Progress
+from pyfastlora.trainer.report import reported
 from pyfastlora.trainer.resume import find
 from pyfastlora.trainer.run_dir import NoRunDir, RunDir
 
@@ -96,6 +97,7 @@ def run(
         told(loaded.config),
         _backend_requests_checked(),
         out_of_memory_explained(loaded.config, processes),
+        reported(run_dir if processes.is_first else NoRunDir(loaded.config.output_dir)),
     ):
         return _run(loaded, run_dir, console, processes, start, choose)
 
@@ -118,6 +120,7 @@ def _run(
     from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.resume import check, fingerprint
+    from pyfastlora.trainer.samples import Samples
     from pyfastlora.trainer.signals import Signals
     from pyfastlora.trainer.strategy import resolve
     from pyfastlora.trainer.training import make_trainer
@@ -136,6 +139,7 @@ def _run(
     current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
     checkpoint = start.checkpoint
     changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
+    samples = Samples.of(config, data.held_out, tokenizer, strategy, console)
     memory = RunMemory.of(config, tokenizer, data.train, strategy.name, processes)
     console.say(memory.line)
 
@@ -173,6 +177,7 @@ def _run(
         run_dir.cut_log(-1)  # of a start that came to no checkpoint
         values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
         run_dir.log("start", values)
+    samples.ask(model, precision, run_dir, "before", 0)
     progress = Progress(run_dir, console)
     signals = Signals(processes)
     trainer = make_trainer(
@@ -207,6 +212,7 @@ def _run(
         report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
         kernels = _save_kernels(run_dir, report)
         console.say(str(report))
+    samples.ask(model, precision, run_dir, "after", trainer.state.global_step)
     result = Result(
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )

@@ -24,8 +24,9 @@ _PACKAGES = ("pyfastlora", "torch", "transformers", "peft", "accelerate", "bitsa
 #: Keys that leave the numbers alone. Where data and model are is no matter: their content is hashed.
 _NO_MATTER = {
     *LoggerKeys.model_fields,
-    *("output_dir", "base_config", "strict", "logging_steps", "save_strategy", "save_steps"),
-    *("saves_per_epoch", "save_total_limit", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
+    *("output_dir", "base_config", "strict", "logging_steps", "report_samples", "save_strategy"),
+    *("save_steps", "saves_per_epoch", "save_total_limit", "resume_from_checkpoint"),
+    "auto_resume_from_checkpoints",
     *("dataset_prepared_path", "datasets", "test_datasets", "base_model"),
 }
 #: Of a dataset, the keys that say how often or which of its rows are seen; its name stands for the others.

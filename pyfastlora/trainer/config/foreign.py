@@ -53,6 +53,7 @@ _NOT_HERE = Refusal("not available; remove the key")
 _ONE_AXIS = Refusal("processes share samples and weights (strategy), not a sequence or a product; remove it")
 _NO_SERVICE = Refusal("those that can be told are TensorBoard, wandb, MLflow and Trackio; remove the key")
 _FRESH = Refusal("training starts at step 0 from a fresh adapter; remove the key")
+_ANSWERS = Refusal("report.html has answers to report_samples held-out prompts; say that")
 _SFT = Refusal("trained is on texts and responses (SFT); remove the key")
 _GPTQ = Refusal("the base is dense, 8-bit (load_in_8bit) or 4-bit (adapter: qlora)")
 _GONE = Refusal("it is gone from Axolotl and transformers; remove the key")
@@ -193,10 +194,10 @@ FOREIGN: dict[str, Fate] = {
     "save_safetensors": Note("weights are saved as safetensors"),
     "save_only_model": _NOT_HERE,
     "debug": Note("`fastlora preprocess --show` prints what is trained on"),
-    "eval_table_size": _NO_SERVICE,
+    "eval_table_size": _ANSWERS,
     "eval_causal_lm_metrics": _NOT_HERE,
-    "eval_table_max_new_tokens": _NO_SERVICE,
-    "eval_max_new_tokens": _NO_SERVICE,
+    "eval_table_max_new_tokens": _ANSWERS,
+    "eval_max_new_tokens": _ANSWERS,
     "use_comet": _NO_SERVICE,
     "comet_project_name": _NO_SERVICE,
     "hub_model_id": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
