@@ -117,6 +117,7 @@ def _run(
     from pyfastlora.trainer import model as models
     from pyfastlora.trainer.data.prepare import prepare
     from pyfastlora.trainer.memory import Meter
+    from pyfastlora.trainer.model_card import users_own, write_card
     from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.resume import check, fingerprint
@@ -200,6 +201,7 @@ def _run(
             console.say(line)
     run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
     console.say(memory.line)
+    users_card = users_own(run_dir.path)
     best = trainer.best() if config.load_best_model_at_end else None
     if best is None:
         trainer.save_model(str(run_dir.path))
@@ -216,7 +218,9 @@ def _run(
     result = Result(
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )
-    run_dir.log("end", {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)})
+    end = {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)}
+    run_dir.log("end", end if best is None else end | {"weights_of": best.name})
+    write_card(run_dir, users_card)
     what = "adapter" if config.adapter else "model"
     console.say(
         f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; {what} saved in {run_dir.path}"
