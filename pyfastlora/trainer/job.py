@@ -140,7 +140,7 @@ def _run(
     current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
     checkpoint = start.checkpoint
     changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
-    samples = Samples.of(config, data.held_out, tokenizer, strategy, console)
+    samples = Samples.of(config, data.held_out, tokenizer, strategy, processes, console)
     memory = RunMemory.of(config, tokenizer, data.train, strategy.name, processes)
     console.say(memory.line)
 
@@ -152,6 +152,7 @@ def _run(
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     console.say(f"{device}, {strategy}, {precision}")
+    samples.ask(model, precision, "before")  # of whom the kernel report is not to tell
     report = pyfastlora.patch(model) if config.adapter and config.fastlora else None
     if config.adapter:
         console.say(_before_training(report))
@@ -178,7 +179,7 @@ def _run(
         run_dir.cut_log(-1)  # of a start that came to no checkpoint
         values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
         run_dir.log("start", values)
-    samples.ask(model, precision, run_dir, "before", 0)
+    samples.save(run_dir)
     progress = Progress(run_dir, console)
     signals = Signals(processes)
     trainer = make_trainer(
@@ -214,7 +215,8 @@ def _run(
         report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
         kernels = _save_kernels(run_dir, report)
         console.say(str(report))
-    samples.ask(model, precision, run_dir, "after", trainer.state.global_step)
+    samples.ask(model, precision, "after")
+    samples.save(run_dir, trainer.state.global_step)
     result = Result(
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )

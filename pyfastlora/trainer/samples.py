@@ -19,6 +19,7 @@ from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.inference import Sampling, generate
 from pyfastlora.trainer.precision import Precision
+from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.run_dir import RunDir
 from pyfastlora.trainer.strategy import Strategy
 
@@ -53,19 +54,20 @@ class Samples:
         held_out: Any,
         tokenizer: PreTrainedTokenizerBase,
         strategy: Strategy,
+        processes: Processes,
         console: Console,
     ) -> Samples:
         """Spread over the held-out data, always the same ones."""
-        if held_out is None or not config.report_samples:
+        if held_out is None or not config.report_samples or not processes.is_first:
             return cls([], tokenizer)
         if strategy.divides_weights:
             console.say(f"no samples in the report: with {strategy.name} no process has a model to ask")
             return cls([], tokenizer)
         return cls(_chosen(held_out, config.report_samples, tokenizer), tokenizer)
 
-    def ask(self, model: Any, precision: Precision, run_dir: RunDir, when: str, step: int) -> None:
-        """Answers of the model as it is now, into samples.json; when is `before` or `after`."""
-        if not self._samples or not run_dir.writes:
+    def ask(self, model: Any, precision: Precision, when: str) -> None:
+        """Answers of the model as it is now; when is `before` or `after`."""
+        if not self._samples:
             return
         training, device = model.training, model.device
         model.eval()
@@ -75,9 +77,12 @@ class Samples:
                 how = Sampling(NEW_TOKENS)
                 sample.answers[when] = generate(model, self._tokenizer, sample.ids, how, sample.stop)
         model.train(training)
+
+    def save(self, run_dir: RunDir, step: int | None = None) -> None:
+        """All answers so far, into samples.json; step: after which the later ones were given."""
         told = [{"prompt": s.prompt, "wanted": s.wanted, **s.answers} for s in self._samples]
-        found = {"tokens": NEW_TOKENS, "samples": told}
-        run_dir.write_json("samples.json", found | ({"step": step} if when == "after" else {}))
+        if told:
+            run_dir.write_json("samples.json", {"tokens": NEW_TOKENS, "step": step, "samples": told})
 
 
 def _chosen(held_out: Any, count: int, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -153,13 +153,20 @@ def greedy(model: Any, ids: torch.Tensor, tokenizer: Any) -> str:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_samples_change_nothing(out, tmp_path):
-    """The same run without them has the same losses."""
-    given = ("report_samples=0", f"output_dir={tmp_path}/none")
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+def test_samples_change_nothing(out, tmp_path, adapter):
+    """The same run without them has the same losses, and calls its modules as often."""
+    given = [f"adapter={adapter}", "report_samples=0", f"output_dir={tmp_path}/none"]
     job.train(load_config(out.parent / "cfg.yaml", given), Console(io.StringIO()))
-    assert not (tmp_path / "none" / "samples.json").exists()
+    if adapter == "qlora":
+        given = ["adapter=qlora", "report_samples=1", f"output_dir={tmp_path}/some"]
+        job.train(load_config(out.parent / "cfg.yaml", given), Console(io.StringIO()))
+        out = tmp_path / "some"
+    assert not (tmp_path / "none" / "samples.json").exists() and (out / "samples.json").exists()
     assert "Before and after" not in (tmp_path / "none" / "report.html").read_text()
     one, other = ([(x["loss"], x["grad_norm"]) for x in records(at)] for at in (out, tmp_path / "none"))
+    assert one == other and len(one) == 8
+    one, other = ((at / "kernels.json").read_text() for at in (out, tmp_path / "none"))
     assert one == other
 
 
