@@ -97,7 +97,7 @@ def run(
         told(loaded.config),
         _backend_requests_checked(),
         out_of_memory_explained(loaded.config, processes),
-        reported(run_dir if processes.is_first else NoRunDir(loaded.config.output_dir)),
+        reported(run_dir if processes.is_first else NoRunDir(run_dir.path), console),
     ):
         return _run(loaded, run_dir, console, processes, start, choose)
 

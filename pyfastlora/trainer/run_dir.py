@@ -10,6 +10,7 @@ kernels.json, .txt     which modules were fused, and why the others were not
 log.jsonl              one JSON object per event: start, train, eval, spike, resume, end
 samples.json           held-out prompts, and what the model answered before and after
 report.html            all of this as one page; `fastlora report` makes it again
+tensorboard/, wandb/   what these loggers wrote, where a key asks for them
 checkpoint-N/          adapter, optimizer, schedule and random state after N steps; see checkpoints.py
 README.md              a card of adapter or model, with the facts of the run
 adapter_*              the adapter in PEFT's format (without one: model.safetensors), the tokenizer beside it

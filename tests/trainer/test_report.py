@@ -281,6 +281,21 @@ def test_a_run_that_is_stopped_has_a_report(config_file, write_jsonl, alpaca_row
     assert "not finished" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_disk_without_room_takes_nothing_from_the_run(
+    config_file, write_jsonl, alpaca_rows, tmp_path, monkeypatch
+):
+    """It is told that there is no report."""
+    def full(facts: Facts) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyfastlora.trainer.report.page", full)
+    config = config_file(write_jsonl(alpaca_rows))
+    told = io.StringIO()
+    job.train(load_config(config, ["max_steps=1", "fastlora=false"]), Console(told))
+    assert f"no report: [Errno 28] No space left on device; fastlora report {tmp_path}/out" in told.getvalue()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_no_run(tmp_path):
     for place, why in ((tmp_path, "has no config.resolved.yaml"), (tmp_path / "none", "no such folder")):
         result = CliRunner().invoke(main, ["report", str(place)])

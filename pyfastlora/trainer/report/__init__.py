@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.report.facts import Facts
 from pyfastlora.trainer.report.page import page
 from pyfastlora.trainer.run_dir import RunDir
@@ -25,7 +26,7 @@ def write_report(run_dir: Path, to: Path | None = None) -> Path:
 
 
 @contextmanager
-def reported(run_dir: RunDir) -> Iterator[None]:
+def reported(run_dir: RunDir, console: Console) -> Iterator[None]:
     """Writes the report behind a with block that has written to the log, however it ends.
 
     A disk that has no room for it takes nothing from the run.
@@ -37,6 +38,7 @@ def reported(run_dir: RunDir) -> Iterator[None]:
     finally:
         if run_dir.writes and log.exists() and log.stat().st_mtime_ns != before:
             try:
-                write_report(run_dir.path)
-            except OSError:
+                console.say(f"report: {write_report(run_dir.path)}")
+            except OSError as error:
                 (run_dir.path / f".{NAME}.new").unlink(missing_ok=True)
+                console.say(f"no report: {error}; fastlora report {run_dir.path} makes it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80, 28, 12, 36
 MOST = 400  # points of a curve; of more, each is the mean of some neighbours
 
 Point = tuple[float, float]

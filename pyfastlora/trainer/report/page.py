@@ -14,7 +14,7 @@ import yaml
 
 from pyfastlora.trainer.report.curves import Curve, Point, chart
 from pyfastlora.trainer.report.facts import Facts, number
-from pyfastlora.trainer.units import duration, in_words
+from pyfastlora.trainer.units import GiB, duration, in_words
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
@@ -106,8 +106,8 @@ def _summary(facts: Facts) -> str:
 
 
 def _curves(facts: Facts) -> str:
-    def points(key: str) -> list[Point]:
-        return [(float(r["step"]), number(r[key])) for r in facts.records if key in r]
+    def points(key: str, unit: float = 1) -> list[Point]:
+        return [(float(r["step"]), number(r[key]) / unit) for r in facts.records if key in r]
 
     held_out = [(float(step), loss) for step, loss in facts.held_out]
     charts: tuple[tuple[str, Sequence[Curve], Callable[[float], str]], ...] = (
@@ -116,7 +116,7 @@ def _curves(facts: Facts) -> str:
             (Curve("training batches", points("loss")), Curve("held out", held_out, marked=True)),
             lambda y: f"{y:.4g}",
         ),
-        ("Learning rate", (Curve("learning rate", points("learning_rate")),), lambda y: f"{y:.2e}"),
+        ("Learning rate", (Curve("learning rate", points("learning_rate")),), lambda y: f"{y:.3g}"),
         ("Gradient norm", (Curve("before clipping", points("grad_norm")),), lambda y: f"{y:.3g}"),
         (
             "Throughput",
@@ -128,8 +128,8 @@ def _curves(facts: Facts) -> str:
         ),
         (
             "Memory of the first process",
-            (Curve("in use", points("memory_bytes")), Curve("peak", points("memory_peak_bytes"))),
-            in_words,
+            (Curve("in use", points("memory_bytes", GiB)), Curve("peak", points("memory_peak_bytes", GiB))),
+            lambda y: f"{y:.4g} GiB",
         ),
     )
     drawn = "".join(chart(title, curves, form) for title, curves, form in charts)
