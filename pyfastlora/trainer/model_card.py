@@ -132,11 +132,12 @@ def _datasets(data: Mapping[str, Any]) -> Iterator[str]:
     yield "| dataset | samples | tokens | trained tokens |"
     yield "|---|---|---|---|"
     for name, counts in data.get("datasets", {}).items():
-        cells = " | ".join(f"{counts[key]:,}" if key in counts else "" for key in keys)
+        cells = " | ".join("" if counts.get(key) is None else f"{counts[key]:,}" for key in keys)
         yield f"| {_code(name)} | {cells} |"
-    if data.get("held_out_samples"):
+    if held_out := data.get("held_out_samples"):
+        trained = data.get("train_samples")  # of a stream nobody knows
         yield ""
-        yield f"{data['train_samples']:,} samples trained on, {data['held_out_samples']:,} held out."
+        yield ("" if trained is None else f"{trained:,} samples trained on, ") + f"{held_out:,} held out."
 
 
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

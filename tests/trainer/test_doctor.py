@@ -57,7 +57,7 @@ def test_every_mistake_of_the_file_is_told(config):
     config.write_text(config.read_text() + "lora_rr: 3\nseed: x\n")
     result = CliRunner().invoke(doctor, [str(config)], catch_exceptions=False)
     assert result.exit_code == 2 and "2 errors" in result.stdout
-    assert "keys: " in result.stdout and ":18:1: seed must be a whole number" in result.stdout
+    assert "keys: " in result.stdout and ":19:1: seed must be a whole number" in result.stdout
 
 
 def test_several_subjects_at_once(config, tmp_path):

@@ -230,6 +230,8 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _words(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | list):
         return str(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
