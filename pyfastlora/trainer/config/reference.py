@@ -20,12 +20,13 @@ from pyfastlora.trainer.config.foreign import FOREIGN, FOREIGN_OF_DATASETS, Fate
 from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
+from pyfastlora.trainer.config.schedule import LrGroupKeys, ScheduleKeys
 from pyfastlora.trainer.config.values import Keys
 
 _GROUPS: tuple[type[Keys], ...] = (
-    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, EngineKeys, RunKeys),
+    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, ScheduleKeys, EngineKeys, RunKeys),
     *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens),
-    *(BnbKeys, CheckpointingKeys, FsdpKeys),
+    *(LrGroupKeys, BnbKeys, CheckpointingKeys, FsdpKeys),
 )
 
 

@@ -8,10 +8,11 @@ from pyfastlora.trainer.config.engine import EngineKeys
 from pyfastlora.trainer.config.model import ModelKeys
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
+from pyfastlora.trainer.config.schedule import ScheduleKeys
 
 
 class Config(
-    RunKeys, EngineKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
+    RunKeys, EngineKeys, ScheduleKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
 ):  # pydantic lists the last one first
     """A whole configuration file."""
 
