@@ -174,6 +174,36 @@ def test_siblings_are_as_exact_as_peft(dtype, adapter_dtype, autocast, order, ki
     compare(SIBLINGS[:: 1 - 2 * order], dtype, adapter_dtype, kind, autocast)
 
 
+UNEQUAL = [
+    Features(rank=3),
+    Features(rank=5, scaling=0.7, dora=True),
+    Features(scaling=0.5),
+    Features(rslora=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "rounded", "passes"),
+    [
+        (torch.float32, torch.float32, False, 1),
+        (torch.bfloat16, torch.bfloat16, False, 1),
+        (torch.float16, torch.float32, False, 1),
+        (torch.bfloat16, torch.bfloat16, True, 2),  # 0.7 is no power of two away from 2
+    ],
+    ids=name_of,
+)
+def test_siblings_of_any_ranks_and_scalings_share_a_pass(dtype, adapter_dtype, rounded, passes, monkeypatch):
+    monkeypatch.setattr(region, "ROUND_AS_PEFT", {DEVICE.type} if rounded else set())
+    compare(UNEQUAL, dtype, adapter_dtype, "dense")
+    layers = [peft_layer(features, dtype, adapter_dtype) for features in UNEQUAL]
+    counted = []
+    for name in ("lora_shrink", "lora_shrink_many"):
+        own = getattr(region, name)
+        monkeypatch.setattr(region, name, lambda *a, own=own, **k: (counted.append(own), own(*a, **k))[1])
+    fused_projections(noise(2, 40, 128, dtype=dtype), [projection_of(layer) for layer in layers])
+    assert len(counted) == passes
+
+
 COMBINATIONS = [
     Projection(None, bias, "A", "B", lora_bias, 0.7, dropout, magnitude)
     for bias, lora_bias, dropout, magnitude in itertools.product(
