@@ -67,7 +67,7 @@ Three things that work with PEFT raise an error, autograd's own, and never a wro
 `make test-peft` runs PEFT's tests of LoRA with every model patched. What fails is run again unpatched, and
 has to fail then too. Three sorts of tests may not, as they compare roundings, to 1e-6 or closer:
 
-- `TestScalingAdapters` and `test_disable_adapter` of Llama 4 compare a model's first forward with a later one.
+- `TestScalingAdapters` and `test_disable_adapter` of Llama 4 compare a first forward with a later one.
   The first finds out which siblings are fed one tensor, the later ones run them as one node, whose sums are
   added in another order. Logits up to 19 come out 6e-6 apart.
 - `test_lora_use_dora_linear` compares DoRA with B = 0, (m / norm) W x + b, with W x + b, where the terms may
