@@ -313,6 +313,29 @@ def test_gradcheck_of_dora_in_what_it_differentiates(dropout):
     assert torch.autograd.gradcheck(function, (x, p.bias, p.magnitude))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_dora_siblings_at_a_norm_that_stands_still(dropout, monkeypatch):
+    """Every parameter of two, A and B too: finite differences must not see the norm move."""
+    spec = Projection(None, "b", "A", "B", None, 0.7, dropout, "m")
+    x = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    specs = [(spec, 3), (replace(spec, scaling=1.3), 2)]
+    siblings = [tensors_of(each, ranks=ranks, seed=i) for i, (each, ranks) in enumerate(specs)]
+    norms = [p.weight.norm(p.lora_A.detach(), p.lora_B.detach(), p.scaling) for p in siblings]
+    by_weight = {p.weight.weight.data_ptr(): norm for p, norm in zip(siblings, norms, strict=True)}
+    monkeypatch.setattr(DenseWeight, "norm", lambda weight, *_: by_weight[weight.weight.data_ptr()])
+
+    def function(x, *parts):
+        torch.manual_seed(3)
+        values = iter(parts)
+        moved = []
+        for p in siblings:
+            bias, a, b, magnitude = (next(values) for _ in range(4))
+            moved.append(Projection(p.weight, bias, a, b, None, p.scaling, dropout, magnitude))
+        return tuple(fused_projections(x, moved))
+
+    assert torch.autograd.gradcheck(function, leaves(x, siblings))
+
+
 @pytest.mark.parametrize("spec", COMBINATIONS[:: len(COMBINATIONS) - 1], ids=["lora", "all"])
 def test_a_weight_stored_transposed_gives_the_same(spec, monkeypatch):
     """In panels of 64 columns, so that DoRA's norm is put together from several."""
