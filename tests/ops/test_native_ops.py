@@ -14,8 +14,8 @@ from pyfastlora.ops import _native
 from pyfastlora.ops.dropout_mask import pack
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-OF_OPS = ("dequant_4bit", "dequant_8bit", "matmul_4bit", "glu", "lora", "lora_backward", "dora", "dropout_mask")
-OF_OPS += ("layouts",)
+OF_OPS = ("dequant_4bit", "dequant_8bit", "matmul_4bit", "glu", "lora", "lora_backward", "dora")
+OF_OPS += ("dropout_mask", "layouts")
 
 
 def samples():

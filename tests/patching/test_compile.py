@@ -1,6 +1,6 @@
 """A whole patched Llama under torch.compile: one graph, with the values of the eager steps before it.
 
-What could break: a condition, a group or a block that torch.compile cannot trace, or traces as PEFT's forward.
+What could break: a condition, a group or a block that torch.compile cannot trace, or traces as PEFT's own.
 """
 
 from __future__ import annotations
