@@ -26,7 +26,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# From PEFT's source distribution, of the version that is installed. PEFT holds options: make test-peft PEFT=--all.
+# From PEFT's source distribution, of the version that is installed. PEFT holds options: make test-peft PEFT=--list.
 test-peft: $(VENV)/installed-test-peft
 	$(BIN)/python -m tests.peft_suite $(PEFT)
 

@@ -5,7 +5,7 @@ to pass with us: whatever fails is run again without us, from the same random nu
 fails then too. So that it cannot pass by running PEFT's own forward, or nothing, there are floors for the
 tests that pass and for the fused calls of every sort.
 
-`--all` also runs the tests that take long, `--list` names what fails without us, and the reason.
+`--list` names what fails without us, and the reason.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.peft_suite", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--all", action="store_true", help="also what takes long")
     parser.add_argument("--list", action="store_true", help="name what fails without us, and why")
     options = parser.parse_args()
-    os.environ["FASTLORA_PEFT_SUITE_ALL"] = str(int(options.all))
     sources, shards = unpacked(), min(4, os.cpu_count() or 1)
     hub.fill(WORK / "hub")
     results = run(sources, "patched", shards)

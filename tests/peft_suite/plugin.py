@@ -1,7 +1,6 @@
 """A pytest plugin: PEFT's own tests, of LoRA, with every model patched as soon as it has its adapters.
 
 FASTLORA_PEFT_SUITE          "patched" or "plain" (PEFT alone)
-FASTLORA_PEFT_SUITE_ALL      "1": those that take long, too
 FASTLORA_PEFT_SUITE_SHARD    "0/2": the first of two parts
 FASTLORA_PEFT_SUITE_ONLY     a JSON list of tests; without it all that are of interest
 FASTLORA_PEFT_SUITE_RESULTS  where a JSON object goes: the outcome of each test, and what ran fused
@@ -32,15 +31,12 @@ _OTHER_METHODS = re.compile(
     r"AdaLora|Adamss|Beft|C3A|DeLoRA|Delora|Frod|GraLoRA|Hira|Hra|Lily|Lokr|Miss|Peanut|PromptTuning|Psoft|Road|"
     r"Shadow|Supertuning|TinyLora|VBLora|Vera|WaveFT|IA3|Kappa|prompt|prefix|PROMPT|LOHA|LOKR"
 )
-# Half a minute of torch.compile's C++ in each.
-_LONG = re.compile(r"hotswap_works\[True")
 
 
 def _wanted(nodeid: str) -> bool:
     """Tests of LoRA: those parametrised with its config, and those that name no other method."""
     name = nodeid.partition("::")[2]
-    ours = _LORA.search(name) or not ("Config-" in name or _OTHER_METHODS.search(name))
-    return bool(ours) and (os.environ.get("FASTLORA_PEFT_SUITE_ALL") == "1" or not _LONG.search(nodeid))
+    return bool(_LORA.search(name)) or not ("Config-" in name or _OTHER_METHODS.search(name))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
