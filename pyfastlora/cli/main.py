@@ -18,6 +18,7 @@ VERBS = {
     "evaluate": "Measure a model on what its job holds out.",
     "inference": "Ask a model, in the words that it was trained with.",
     "merge-lora": "Merge an adapter into its base: a model that needs no PEFT.",
+    "report": "Write the report of a run: one page of HTML that opens anywhere.",
     "preprocess": "Prepare the data of a YAML file, and say what it is like.",
     "convert-config": "Make a file of Axolotl's one of ours.",
     "schema": "Print the keys of a configuration as a JSON schema.",

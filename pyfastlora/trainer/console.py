@@ -1,4 +1,4 @@
-"""What a run prints: lines, and progress bars on a terminal.
+"""What a run prints: lines, and bars and a live view on a terminal.
 
 Bars are for people; where output is piped, the same facts come as lines, so that a log file reads well.
 """
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from pyfastlora.trainer.live import LiveView
 
 
 class Bar:
@@ -26,12 +28,23 @@ class Bar:
 
 
 class Console:
-    """Plain lines to one stream, and bars below them while something runs."""
+    """Plain lines to one stream, and bars below them while something runs.
 
-    def __init__(self, file: TextIO | None = None, quiet: bool = False) -> None:
+    terminal and width say what the stream is, instead of looking at it.
+    """
+
+    def __init__(
+        self,
+        file: TextIO | None = None,
+        quiet: bool = False,
+        terminal: bool | None = None,
+        width: int | None = None,
+    ) -> None:
         from rich.console import Console as RichConsole
 
-        self._rich = RichConsole(file=file, quiet=quiet, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(
+            file=file, quiet=quiet, force_terminal=terminal, width=width, highlight=False, soft_wrap=True
+        )
 
     @property
     def is_terminal(self) -> bool:
@@ -68,3 +81,14 @@ class Console:
         )
         with Progress(*columns, console=self._rich, transient=True, disable=not self.is_terminal) as progress:
             yield Bar(progress, progress.add_task(title, total=total, note=""))
+
+    @contextmanager
+    def live(self) -> Iterator[LiveView | None]:
+        """The numbers of a run in place, for the time of a with block; None where nobody watches."""
+        if not self.is_terminal or self._rich.quiet:
+            yield None
+            return
+        from pyfastlora.trainer.live import LiveView
+
+        with LiveView(self._rich) as view:
+            yield view

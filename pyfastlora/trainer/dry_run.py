@@ -18,15 +18,15 @@ from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.errors import UserError
-from pyfastlora.trainer.memory_plan import in_words
 from pyfastlora.trainer.packing import PackedRows
 from pyfastlora.trainer.precision import device_of_run, resolve_precision
 from pyfastlora.trainer.processes import join
 from pyfastlora.trainer.rehearsal import base_on_meta
 from pyfastlora.trainer.run_dir import RunDir
+from pyfastlora.trainer.units import in_words
 
 _ONE_STEP = {
-    **{"max_steps": 1, "logging_steps": 1},
+    **{"max_steps": 1, "logging_steps": 1, "report_samples": 0},
     **{"save_strategy": "no", "save_steps": None, "saves_per_epoch": None},
     **{"eval_strategy": "no", "eval_steps": None, "evals_per_epoch": None, "eval_on_start": False},
 }

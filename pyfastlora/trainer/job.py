@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from pyfastlora.trainer.checkpoints import clean, step_of
 from pyfastlora.trainer.config.load import LoadedConfig
-from pyfastlora.trainer.console import Bar, Console
+from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
+from pyfastlora.trainer.loggers import told
 from pyfastlora.trainer.processes import Processes, join
+from pyfastlora.trainer.progress import Progress
+from pyfastlora.trainer.report import reported
 from pyfastlora.trainer.resume import find
 from pyfastlora.trainer.run_dir import NoRunDir, RunDir
 
@@ -89,7 +92,13 @@ def run(
     """The job in a folder that is known to be good, with what `choose` leaves of the data."""
     from pyfastlora.trainer.out_of_memory import out_of_memory_explained
 
-    with libraries_quiet(), _backend_requests_checked(), out_of_memory_explained(loaded.config, processes):
+    with (
+        libraries_quiet(),
+        told(loaded.config),
+        _backend_requests_checked(),
+        out_of_memory_explained(loaded.config, processes),
+        reported(run_dir if processes.is_first else NoRunDir(run_dir.path), console),
+    ):
         return _run(loaded, run_dir, console, processes, start, choose)
 
 
@@ -110,9 +119,11 @@ def _run(
     from pyfastlora.trainer.attention import check_attention
     from pyfastlora.trainer.data.prepare import prepare
     from pyfastlora.trainer.memory import Meter
+    from pyfastlora.trainer.model_card import users_own, write_card
     from pyfastlora.trainer.planning import RunMemory
     from pyfastlora.trainer.precision import device_of_run, resolve_precision
     from pyfastlora.trainer.resume import check, fingerprint
+    from pyfastlora.trainer.samples import Samples
     from pyfastlora.trainer.signals import Signals
     from pyfastlora.trainer.stacked import stack
     from pyfastlora.trainer.strategy import resolve
@@ -133,6 +144,7 @@ def _run(
     current = fingerprint(config, data.contents, strategy.name, processes.count, device.type)
     checkpoint = start.checkpoint
     changes = [] if checkpoint is None else check(checkpoint, current, start.anyway)
+    samples = Samples.of(config, data.held_out, tokenizer, strategy, processes, console)
     memory = RunMemory.of(config, tokenizer, data.train, strategy.name, processes)
     console.say(memory.line)
 
@@ -144,6 +156,7 @@ def _run(
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     console.say(f"{device}, {strategy}, {precision}")
+    samples.ask(model, precision, "before")  # of whom the kernel report is not to tell
     report = pyfastlora.patch(model) if config.adapter and config.fastlora else None
     if config.adapter:
         console.say(_before_training(report))
@@ -170,7 +183,8 @@ def _run(
         run_dir.cut_log(-1)  # of a start that came to no checkpoint
         values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
         run_dir.log("start", values)
-    progress = _Progress(run_dir, console)
+    samples.save(run_dir)
+    progress = Progress(run_dir, console)
     signals = Signals(processes)
     trainer = make_trainer(
         *(model, data, config, precision, device, pad_id, progress),
@@ -196,6 +210,7 @@ def _run(
             console.say(line)
     run_dir.write_json("plan.json", memory.to_dict(trainer.meter.peak(trainer.optimizer)))
     console.say(memory.line)
+    users_card = users_own(run_dir.path)
     best = trainer.best() if config.load_best_model_at_end else None
     if best is None:
         trainer.save_model(str(run_dir.path))
@@ -210,10 +225,14 @@ def _run(
         report = pyfastlora.report(model)  # with the groups that were found, and the calls of the run
         kernels = _save_kernels(run_dir, report)
         console.say(str(report))
+    samples.ask(model, precision, "after")
+    samples.save(run_dir, trainer.state.global_step)
     result = Result(
         run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
     )
-    run_dir.log("end", {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)})
+    end = {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)}
+    run_dir.log("end", end if best is None else end | {"weights_of": best.name})
+    write_card(run_dir, users_card)
     what = "adapter" if config.adapter else "model"
     console.say(
         f"{result.steps} steps, {result.tokens_per_second:.0f} tokens/s; {what} saved in {run_dir.path}"
@@ -279,56 +298,6 @@ def _save_kernels(run_dir: RunDir, report: PatchReport | None) -> dict[str, Any]
     run_dir.write_json("kernels.json", kernels)
     run_dir.write_text("kernels.txt", f"{report}\n")
     return kernels
-
-
-class _Progress:
-    """Listener of a job: log.jsonl always; a bar on a terminal, a line per logged step elsewhere."""
-
-    def __init__(self, run_dir: RunDir, console: Console) -> None:
-        self._run_dir, self._console = run_dir, console
-        self._total: int | None = None
-        self._bar: Bar | None = None
-        self._tokens = self._seconds = 0.0
-        self.held_out_loss: float | None = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the whole run, evaluations left out."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Shows the bar for the time of a with block."""
-        with self._console.bar("training", None, "steps") as self._bar:
-            yield
-
-    def started(self, total_steps: int) -> None:
-        self._total = total_steps
-        self.stepped(0)
-
-    def stepped(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(step, total=self._total)
-
-    def logged(self, event: str, values: dict[str, Any]) -> None:
-        self._run_dir.log(event, values)
-        if event == "eval":
-            self.held_out_loss = values["eval_loss"]
-            self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
-            return
-        if event == "spike":
-            samples = ", ".join(map(str, values.get("samples", [])[:8]))
-            spike = f"loss {values['loss']:.4f} is a spike; samples {samples}"
-            self._console.say(f"step {values['step']}: {spike}")
-            return
-        self._tokens += values["tokens"]
-        self._seconds += values["seconds"]
-        text = f"loss {values['loss']:.4f}, lr {values['learning_rate']:.2e}"
-        text += f", {values['tokens_per_second']:.0f} tokens/s"
-        if self._console.is_terminal and self._bar is not None:
-            self._bar.update(values["step"], text)
-        else:
-            self._console.say(f"step {values['step']}/{self._total}: {text}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pyfastlora.trainer.changes import Change, combined, join
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.optimizer_memory import state_bytes, step_bytes
 from pyfastlora.trainer.rehearsal import GRADIENTS, Batch, Peak, Rehearsal, bytes_of, packed_bytes
+from pyfastlora.trainer.units import GiB, in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 WEIGHTS, TRAINED, OPTIMIZER = "frozen weights", "trained weights", "optimizer states"
 DEQUANTISED, ENGINE, STEP = "dequantised weights", "engine's buffers", "optimizer step"
-GiB = 2**30
 #: Beside tensors, at the start of training: Python with its libraries (0.54 GiB on Linux with torch's CPU
 #: build), or a CUDA context with the workspaces of its libraries, which nobody has measured here.
 LIBRARIES = {"cpu": 0.6 * GiB, "cuda": 0.8 * GiB}
@@ -261,11 +261,6 @@ def assemble(
     parts = {name: n for name, n in (lasting | moments[phase]).items() if n}
     host = {name: n for name, n in host.items() if n}
     return Plan(machine, strategy, processes, batch, names[phase], parts, host)
-
-
-def in_words(count: float) -> str:
-    """ "1.23 GiB", "45.6 MiB"."""
-    return f"{count / GiB:.2f} GiB" if count >= GiB else f"{count / 2**20:.1f} MiB"
 
 
 def _held(config: Config, weight: Tensor) -> int:

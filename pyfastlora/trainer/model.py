@@ -13,6 +13,7 @@ from torch import nn
 
 from pyfastlora.trainer.config import BNB_OPTIMIZERS, TORCHAO_OPTIMIZERS, Config
 from pyfastlora.trainer.errors import UserError
+from pyfastlora.trainer.loggers import check_loggers
 from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.model_config import load_model_config
 from pyfastlora.trainer.precision import Precision
@@ -34,6 +35,7 @@ def check_packages(config: Config) -> None:
         raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
     if config.optimizer in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
         raise UserError(f"optimizer: {config.optimizer} needs torchao: pip install torchao")
+    check_loggers(config)
 
 
 def check_base_model(config: Config, weights: bool = True) -> None:

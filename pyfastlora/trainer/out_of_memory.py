@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.memory import is_out_of_memory
-from pyfastlora.trainer.memory_plan import GiB, Machine, Planner, in_words
+from pyfastlora.trainer.memory_plan import Machine, Planner
 from pyfastlora.trainer.processes import Processes
+from pyfastlora.trainer.units import GiB, in_words
 
 ADVICE = 3  # changes that are named
 #: Frames of the stack by file and function, and what is done in them; the innermost that is known counts.

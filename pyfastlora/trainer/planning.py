@@ -13,10 +13,11 @@ from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.memory import memory_of
-from pyfastlora.trainer.memory_plan import Machine, Plan, Planner, in_words
+from pyfastlora.trainer.memory_plan import Machine, Plan, Planner
 from pyfastlora.trainer.precision import device_of_run
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.speed_guess import Guess, guess
+from pyfastlora.trainer.units import in_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

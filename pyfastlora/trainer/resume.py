@@ -16,6 +16,7 @@ from typing import Any
 
 from pyfastlora.trainer.checkpoints import checkpoints, step_of
 from pyfastlora.trainer.config import Config
+from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.errors import ConfigError
 
 STATE = "fastlora.json"  # beside transformers' trainer_state.json
@@ -24,8 +25,10 @@ _PACKAGES = (
 )
 #: Keys that leave the numbers alone. Where data and model are is no matter: their content is hashed.
 _NO_MATTER = {
-    *("output_dir", "base_config", "strict", "logging_steps", "save_strategy", "save_steps"),
-    *("saves_per_epoch", "save_total_limit", "resume_from_checkpoint", "auto_resume_from_checkpoints"),
+    *LoggerKeys.model_fields,
+    *("output_dir", "base_config", "strict", "logging_steps", "report_samples", "save_strategy"),
+    *("save_steps", "saves_per_epoch", "save_total_limit", "resume_from_checkpoint"),
+    "auto_resume_from_checkpoints",
     *("dataset_prepared_path", "datasets", "test_datasets", "base_model"),
     *("lora_model_dir", "early_stopping_patience"),
 }

@@ -8,7 +8,11 @@ plan.json              the memory that was planned, and the most that was taken
 strategy.json          what each process held, and DeepSpeed's configuration
 kernels.json, .txt     which modules were fused, and why the others were not
 log.jsonl              one JSON object per event: start, train, eval, spike, resume, end
+samples.json           held-out prompts, and what the model answered before and after
+report.html            all of this as one page; `fastlora report` makes it again
+tensorboard/, wandb/   what these loggers wrote, where a key asks for them
 checkpoint-N/          adapter, optimizer, schedule and random state after N steps; see checkpoints.py
+README.md              a card of adapter or model, with the facts of the run
 adapter_*              the adapter in PEFT's format (without one: model.safetensors), the tokenizer beside it
 """
 
@@ -45,6 +49,8 @@ RESULTS = ("adapter_", "earlier", "model", "config.json", "generation_config.jso
 
 class RunDir:
     """The folder of one run: `check` it before anything is loaded, `create` it when training starts."""
+
+    writes = True
 
     def __init__(self, path: str | Path, key: str = "output_dir") -> None:
         self.path, self._key = Path(os.path.expanduser(path)), key
@@ -128,6 +134,8 @@ class RunDir:
 
 class NoRunDir(RunDir):
     """The folder for the processes that are not the first: it is there, and they write nothing."""
+
+    writes = False
 
     def create(self, loaded: LoadedConfig, may_resume: bool = False) -> None:
         pass

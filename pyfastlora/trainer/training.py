@@ -1,7 +1,7 @@
 """transformers' Trainer, set up from a configuration: the only file that knows Trainer's insides.
 
 What differs from Trainer as it comes: evaluation averages the loss over tokens (Trainer averages over
-batches), every logged step carries token counts and throughput, a loss that is not finite stops the run
+batches), every logged step is a whole record (record.py), a loss that is not finite stops the run
 (watch.py), and everything logged goes to a Listener instead of to Trainer's printers.
 """
 
@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from pyfastlora.trainer import loggers
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.data.collator import PaddingCollator
 from pyfastlora.trainer.data.even_share import EvenShare
@@ -37,6 +38,7 @@ from pyfastlora.trainer.optimizers import groups_of, has_groups, with_arguments
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.processes import Processes
+from pyfastlora.trainer.record import Recorder
 from pyfastlora.trainer.relora import Restarts, with_restarts
 from pyfastlora.trainer.saving import SavingTrainer
 from pyfastlora.trainer.schedules import is_ours, make_schedule
@@ -112,8 +114,7 @@ class FastloraTrainer(SavingTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._since = time.perf_counter()
-        self._evaluating = 0.0
+        self.recorder = Recorder(self.args.device)
         self.evaluated_at = -1
         self.resumed_from: Path | None = None
 
@@ -183,7 +184,7 @@ class FastloraTrainer(SavingTrainer):
                 totals += torch.stack([loss.where(tokens > 0, 0.0), tokens.double()])
         loss, tokens = self.accelerator.reduce(totals, "sum").tolist()
         seconds = time.perf_counter() - start
-        self._evaluating += seconds
+        self.recorder.evaluated(self.state.global_step, seconds)
         self.evaluated_at = self.state.global_step
         metrics = {
             f"{metric_key_prefix}_loss": loss / tokens,
@@ -197,7 +198,7 @@ class FastloraTrainer(SavingTrainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         event = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if event == "train":
-            logs |= self._throughput()
+            logs |= self.recorder.record(self.state, *self._counted())
         super().log(logs, start_time)
         if event is not None:
             self.listener.logged(event, {"step": self.state.global_step, **logs})
@@ -219,23 +220,11 @@ class FastloraTrainer(SavingTrainer):
     def _gpus(self) -> list[torch.device]:
         return [self.args.device] if self.args.device.type == "cuda" else []
 
-    def _throughput(self) -> dict[str, Any]:
-        """Counts since the last call; the time of evaluations in between is left out."""
-        now = time.perf_counter()
-        seconds = now - self._since - self._evaluating
-        tokens, trained = self.accelerator.reduce(self._counts, "sum").tolist()
+    def _counted(self) -> list[int]:
+        """Tokens and trained tokens of all processes since the last call."""
+        counts: list[int] = self.accelerator.reduce(self._counts, "sum").tolist()
         self._counts.zero_()
-        self._since, self._evaluating = now, 0.0
-        return {
-            "tokens": tokens,
-            "trained_tokens": trained,
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
-        }
-
-    def restart_clock(self) -> None:
-        """Throughput counts from here."""
-        self._since, self._evaluating = time.perf_counter(), 0.0
+        return counts
 
 
 class _Steps(TrainerCallback):
@@ -253,7 +242,7 @@ class _Steps(TrainerCallback):
             torch.manual_seed(args.seed + trainer.processes.rank)  # else all drop the same values
         trainer.listener.started(state.max_steps)
         trainer.listener.stepped(state.global_step)
-        trainer.restart_clock()
+        trainer.recorder.start(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -328,7 +317,7 @@ def _arguments(
         seed=c.seed,
         restore_callback_states_from_checkpoint=c.early_stopping_patience is not None,
         disable_tqdm=True,
-        report_to="none",
+        **loggers.arguments(c),
         metric_for_best_model="loss" if evaluates else None,
         **_when("eval", c.eval_strategy, c.eval_steps, c.evals_per_epoch, steps_per_epoch, evaluates),
         **_when("save", c.save_strategy, c.save_steps, c.saves_per_epoch, steps_per_epoch, True),

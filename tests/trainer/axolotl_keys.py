@@ -81,15 +81,15 @@ relora_warmup_steps           10                    translated jagged_restart_wa
 relora_anneal_steps           10                    refused
 relora_prune_ratio            0.9                   honoured
 relora_cpu_offload            true                  noted
-wandb_mode                    offline               refused
-wandb_project                 p                     refused
-wandb_entity                  e                     refused
-wandb_watch                   gradients             refused
-wandb_name                    n                     refused
-wandb_run_id                  r                     refused
-wandb_log_model               end                   refused
-mlflow_tracking_uri           uri                   refused
-mlflow_experiment_name        n                     refused
+wandb_mode                    offline               honoured
+wandb_project                 p                     honoured
+wandb_entity                  e                     honoured
+wandb_watch                   gradients             honoured
+wandb_name                    n                     honoured
+wandb_run_id                  r                     honoured
+wandb_log_model               end                   honoured
+mlflow_tracking_uri           uri                   honoured
+mlflow_experiment_name        n                     honoured
 output_dir                    ./out                 honoured
 torch_compile                 true                  honoured
 torch_compile_backend         inductor              honoured
@@ -226,11 +226,17 @@ context_parallel_size         2                     refused
 sequence_parallel_degree      2                     refused
 tensor_parallel_size          2                     refused
 use_ray                       true                  refused
-use_wandb                     true                  refused
-use_mlflow                    true                  refused
+use_wandb                     true                  honoured
+use_mlflow                    true                  honoured
+mlflow_run_name               n                     honoured
+hf_mlflow_log_artifacts       true                  honoured
+use_trackio                   true                  honoured
+trackio_project_name          p                     honoured
+trackio_run_name              n                     honoured
+trackio_space_id              me/space              honoured
 use_comet                     true                  refused
 comet_project_name            p                     refused
-use_tensorboard               true                  refused
+use_tensorboard               true                  honoured
 model_config                  {a: 1}                translated overrides_of_model_config
 """
 

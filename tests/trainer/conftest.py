@@ -115,7 +115,8 @@ def config_file(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
             f"datasets:\n  - path: {data}\n    type: alpaca\n"
             "adapter: lora\nlora_target_linear: true\nlora_r: 8\nlora_alpha: 16\n"
             "sequence_len: 256\nmicro_batch_size: 4\nlearning_rate: 1e-2\nbf16: false\n"
-            f"max_steps: 6\nlr_scheduler: constant\nsave_strategy: no\noutput_dir: {tmp_path}/out\n{extra}"
+            f"max_steps: 6\nlr_scheduler: constant\nsave_strategy: no\noutput_dir: {tmp_path}/out\n"
+            f"report_samples: 0\n{extra}"
         )
         return path
 

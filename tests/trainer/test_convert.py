@@ -36,7 +36,7 @@ max_memory:
   # inside
   other: 1
 
-wandb_project: mine
+comet_project_name: mine
 """
 NEW = """\
 # my run
@@ -63,8 +63,8 @@ attn_implementation: flash_attention_2
 #   # inside
 #   other: 1
 
-# cannot be had: metrics go to log.jsonl in output_dir, to no service; remove the key:
-# wandb_project: mine
+# cannot be had: those that can be told are TensorBoard, wandb, MLflow and Trackio; remove the key:
+# comet_project_name: mine
 """
 
 

@@ -26,7 +26,7 @@ SMALLER = {
     **{"max_steps": 10, "sequence_len": 192, "micro_batch_size": 4, "gradient_accumulation_steps": 1},
     **{"logging_steps": 1, "learning_rate": 5e-3, "lr_scheduler": "constant", "lr_scheduler_kwargs": "{}"},
     **{"warmup_steps": "", "warmup_ratio": "", "attn_implementation": "", "bf16": "false"},
-    **{"dataloader_num_workers": 0},
+    **{"dataloader_num_workers": 0, "report_samples": 0},
 }
 FAMILIES = {"pythia": "gpt_neox", "phi-2": "phi", "gemma": "gemma2"}
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from pyfastlora.cli.train import train
 from pyfastlora.trainer import job
 from pyfastlora.trainer.checkpoints import checkpoints, clean, rotate
+from pyfastlora.trainer.record import MEASURED
 
 
 def invoke(config: Path, *arguments: str) -> Result:
@@ -37,7 +38,7 @@ def weights(out: Path) -> dict:
 def curve(out: Path) -> list[dict]:
     """What was logged, without times."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    timed = ("time", "seconds", "tokens_per_second", "eval_seconds")
+    timed = ("time", "eval_seconds", *MEASURED)
     return [{k: v for k, v in x.items() if k not in timed} for x in lines if x["event"] in ("train", "eval")]
 
 
@@ -62,14 +63,14 @@ def config(write_jsonl, alpaca_rows, config_file) -> Path:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    stepped = job._Progress.stepped
+    stepped = job.Progress.stepped
 
     def then(self, at: int) -> None:
         stepped(self, at)
         if at == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(job._Progress, "stepped", then)
+    monkeypatch.setattr(job.Progress, "stepped", then)
 
 
 CASES = {
@@ -166,7 +167,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, tmp_path, monkeypatch)
         if at == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
 
-    monkeypatch.setattr(job._Progress, "stepped", full)
+    monkeypatch.setattr(job.Progress, "stepped", full)
     try:
         result = invoke(
             config, "--output-dir", f"{tmp_path}/b", "--set", "save_strategy=steps", "--set", "save_steps=1"

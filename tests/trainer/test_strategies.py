@@ -47,6 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         "adapter: lora\nlora_target_linear: true\nlora_r: 8\nlora_alpha: 16\nsequence_len: 256\n"
         "micro_batch_size: 2\nlearning_rate: 1e-2\nbf16: false\nmax_steps: 10\nlr_scheduler: constant\n"
         f"save_strategy: steps\nsave_steps: 4\neval_steps: 5\ndataset_prepared_path: {folder}/prepared\n"
+        "report_samples: 0\n"
     )
     jobs = []
     for kind, strategies, overrides in (("lora", STRATEGIES, ()), ("qlora", QLORA, FEATURES)):

@@ -96,6 +96,7 @@ def test_run_directory(config, tmp_path):
     assert {p.name for p in out.iterdir()} >= {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "checkpoint-1"),
         *("config.original.yaml", "config.resolved.yaml", "env.json", "data.json", "log.jsonl"),
+        *("plan.json", "strategy.json", "report.html", "README.md"),
     }
     assert (out / "config.original.yaml").read_text() == config.read_text()
     assert load_config(out / "config.resolved.yaml").config.max_steps == 1

@@ -51,7 +51,8 @@ def _fsdp(options: Any) -> str:
 
 _NOT_HERE = Refusal("not available; remove the key")
 _ONE_AXIS = Refusal("processes share samples and weights (strategy), not a sequence or a product; remove it")
-_NO_SERVICE = Refusal("metrics go to log.jsonl in output_dir, to no service; remove the key")
+_NO_SERVICE = Refusal("those that can be told are TensorBoard, wandb, MLflow and Trackio; remove the key")
+_ANSWERS = Refusal("report.html has answers to report_samples held-out prompts; say that")
 _SFT = Refusal("trained is on texts and responses (SFT); remove the key")
 _ANNEAL = Refusal("the learning rate falls with its schedule; remove the key")
 _GPTQ = Refusal("the base is dense, 8-bit (load_in_8bit) or 4-bit (adapter: qlora)")
@@ -174,24 +175,12 @@ FOREIGN: dict[str, Fate] = {
     "save_safetensors": Note("weights are saved as safetensors"),
     "save_only_model": _NOT_HERE,
     "debug": Note("`fastlora preprocess --show` prints what is trained on"),
-    "eval_table_size": _NO_SERVICE,
+    "eval_table_size": _ANSWERS,
     "eval_causal_lm_metrics": _NOT_HERE,
-    "eval_table_max_new_tokens": _NO_SERVICE,
-    "eval_max_new_tokens": _NO_SERVICE,
-    "wandb_project": _NO_SERVICE,
-    "wandb_entity": _NO_SERVICE,
-    "wandb_watch": _NO_SERVICE,
-    "wandb_name": _NO_SERVICE,
-    "wandb_run_id": _NO_SERVICE,
-    "wandb_log_model": _NO_SERVICE,
-    "wandb_mode": _NO_SERVICE,
-    "use_wandb": _NO_SERVICE,
-    "use_mlflow": _NO_SERVICE,
-    "mlflow_tracking_uri": _NO_SERVICE,
-    "mlflow_experiment_name": _NO_SERVICE,
+    "eval_table_max_new_tokens": _ANSWERS,
+    "eval_max_new_tokens": _ANSWERS,
     "use_comet": _NO_SERVICE,
     "comet_project_name": _NO_SERVICE,
-    "use_tensorboard": _NO_SERVICE,
     "hub_model_id": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
     "hub_strategy": Refusal("the adapter stays in output_dir; push it with `hf upload` afterwards"),
 }

@@ -17,6 +17,7 @@ from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DataKeys, DatasetKeys, PretrainingKeys, SourceKeys, TemplateKeys
 from pyfastlora.trainer.config.engine import EngineKeys, FsdpKeys
 from pyfastlora.trainer.config.foreign import FOREIGN, FOREIGN_OF_DATASETS, Fate, Note, Translation
+from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
@@ -24,7 +25,7 @@ from pyfastlora.trainer.config.schedule import LrGroupKeys, ScheduleKeys
 from pyfastlora.trainer.config.values import Keys
 
 _GROUPS: tuple[type[Keys], ...] = (
-    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, ScheduleKeys, EngineKeys, RunKeys),
+    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, ScheduleKeys, EngineKeys, RunKeys, LoggerKeys),
     *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens),
     *(LrGroupKeys, BnbKeys, CheckpointingKeys, FsdpKeys),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DatasetKeys
 from pyfastlora.trainer.config.engine import FsdpKeys
+from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import BnbKeys
 from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS
 from pyfastlora.trainer.config.rules_training import RULES_OF_TRAINING, Conflict
@@ -224,6 +225,26 @@ def _packed_or_grouped(c: Config) -> Iterator[Conflict]:
         yield both, "eval_sample_packing: true goes with sample_packing: true"
 
 
+def _a_run_has_one_name(c: Config) -> Iterator[Conflict]:
+    if len(set(c.run_names.values())) > 1:
+        keys = tuple(c.run_names)
+        yield keys, f"{' and '.join(keys)} differ; a run has one name"
+
+
+def _loggers_are_asked_for(c: Config) -> Iterator[Conflict]:
+    off = {"wandb": c.wandb_mode == "disabled"}
+    for name, way in (
+        ("wandb", "wandb_project"),
+        ("mlflow", "mlflow_experiment_name"),
+        ("trackio", "trackio_project_name"),
+    ):
+        own = [k for k in LoggerKeys.model_fields if k.removeprefix("hf_").startswith(f"{name}_")]
+        given = [key for key in own if getattr(c, key)]
+        if given and name not in c.loggers and getattr(c, f"use_{name}") is None and not off.get(name):
+            asks = f"use_{name}: true or {way}"
+            yield (given[0], f"use_{name}"), f"{given[0]}: {name} is told nothing unless {asks} asks for it"
+
+
 def _one_engine(c: Config) -> Iterator[Conflict]:
     if c.strategy and c.deepspeed:
         yield (
@@ -277,6 +298,8 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _one_chat_template,
     _shards_are_there,
     _packed_or_grouped,
+    _a_run_has_one_name,
+    _loggers_are_asked_for,
     _one_engine,
     _quantised_weights_can_be_divided,
     *RULES_OF_TRAINING,

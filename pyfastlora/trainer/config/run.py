@@ -18,6 +18,9 @@ class RunKeys(Keys):
     )
     seed: Int = Field(42, ge=0, description="of adapter, data order and dropout")
     logging_steps: Int = Field(1, gt=0, description="steps between two lines of log.jsonl")
+    report_samples: Int = Field(
+        3, ge=0, description="held-out prompts that are answered before and after, for report.html"
+    )
     eval_strategy: Literal["no", "epoch", "steps"] | None = Field(None, description="default: epoch")
     eval_steps: Int | None = Field(None, gt=0, description="steps between two evaluations")
     evals_per_epoch: Int | None = Field(None, gt=0, description="the same as a count")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyfastlora.trainer.config.adapter import AdapterKeys
 from pyfastlora.trainer.config.data import DataKeys, DatasetKeys
 from pyfastlora.trainer.config.engine import EngineKeys
+from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import ModelKeys
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
@@ -12,7 +13,7 @@ from pyfastlora.trainer.config.schedule import ScheduleKeys
 
 
 class Config(
-    RunKeys, EngineKeys, ScheduleKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
+    LoggerKeys, RunKeys, EngineKeys, ScheduleKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
 ):  # pydantic lists the last one first
     """A whole configuration file."""
 

@@ -143,7 +143,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     )
     console.say(f"{folder}/curves.png      loss curves and speed")
     console.say(f"{folder}/quickstart.yaml the configuration; edit it and run `fastlora train` on it")
-    console.say(f"{folder}/run             adapter, log.jsonl, kernels.txt")
+    console.say(f"{folder}/run             adapter, log.jsonl, kernels.txt, report.html")
     console.say(f"{summary['seconds']:.0f} seconds in all")
     return summary
 
