@@ -26,9 +26,9 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# From PEFT's source distribution, of the version that is installed.
+# From PEFT's source distribution, of the version that is installed. PEFT holds options: make test-peft PEFT=--list.
 test-peft: $(VENV)/installed-test-peft
-	$(BIN)/python -m tests.peft_suite
+	$(BIN)/python -m tests.peft_suite $(PEFT)
 
 # Patching and the families with the oldest and the newest transformers and PEFT: what differs lies over .venv.
 test-oldest test-newest: test-%: $(VENV)-%/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from bench import _gpu_page
 from bench._results import Results
 from bench._tables import markdown
 from bench._targets import DEQUANT_OVER_MEMCPY, DORA_NORM_MS, HOST, TAXES
+from bench._timing import SECONDS
 
 NOISY, SLOWER, NOT_FUSED = "~", "▼", "*"
 SCATTER = "noisy: the middle half of the measurements is wider than 15 % of the median"
@@ -25,6 +27,10 @@ BASICS = (
     "Seconds of processes that start, medians; the quickstart trains its base model first. What a layer with "
     "float32 adapters keeps for its backward pass, beyond its input and its parameters, is counted in units "
     "of that input, in bfloat16."
+)
+COMMITS = (
+    "The commit is that of the sources that were measured; [../README.md](../README.md#commits) names those "
+    "that are no longer in the history."
 )
 LEVELS = {
     "layer": "One linear layer, {width} x {width}, r = {rank}",
@@ -43,6 +49,7 @@ def page(found: dict[str, Results], plots: dict[str, list[str]]) -> str:
         "Written by `python -m bench.report` from the JSON files of this folder; "
         "[../README.md](../README.md) says how to measure again.",
         _environments(found),
+        COMMITS,
         LEGEND,
     ]
     if "adapter_tax" in found:
@@ -77,7 +84,8 @@ def readme_block(pages: Mapping[str, dict[str, Results]]) -> str:
             slower = sum(row["speedup"]["median"] < 1 for row in rows)
             parts += [
                 _summary(rows),
-                f"{SLOWER} slower than PEFT: {slower} of {len(rows)} cases. {NOISY} {SCATTER}.",
+                f"{SLOWER} slower than PEFT: {slower} of {len(rows)} cases. {NOISY} {SCATTER}. "
+                f"{_rounds(found['adapter_tax'])}",
             ]
         if "ops" in found:
             parts += [
@@ -118,7 +126,7 @@ def _environments(found: dict[str, Results]) -> str:
 
 def _taxes(results: Results, plots: dict[str, list[str]]) -> Iterator[str]:
     yield "## Adapter tax"
-    yield TAX
+    yield f"{TAX} {_rounds(results)}"
     if "adapter_tax" in plots:
         yield f"![Adapter tax of PEFT and of this library]({plots['adapter_tax'][0]})"
     for level, title in LEVELS.items():
@@ -130,6 +138,25 @@ def _taxes(results: Results, plots: dict[str, list[str]]) -> Iterator[str]:
     reasons = sorted({row["fallback"] for row in results.rows} - {""})
     if reasons:
         yield "\n".join(f"{NOT_FUSED} {reason}" for reason in reasons)
+
+
+def _rounds(results: Results) -> str:
+    """How long was measured, and whether that is what a run does when it is told nothing."""
+    taken: dict[str, list[int]] = {}
+    for row in results.rows:
+        taken.setdefault(row["level"], []).append(row["rounds"])
+    counts = [
+        f"{min(rounds)} for a {level}"
+        if min(rounds) == max(rounds)
+        else f"{min(rounds)} to {max(rounds)} for a {level} (median {statistics.median(rounds):g})"
+        for level, rounds in taken.items()
+    ]
+    seconds, at_least = results.settings["seconds"], results.settings["at_least"]
+    shortened = f" A shortened run: the default is {SECONDS:g} s." * (seconds < SECONDS)
+    return (
+        f"Rounds: {', '.join(counts)}; none began after {seconds:g} s of a case (twice that for a model) but "
+        f"to make {at_least}.{shortened}"
+    )
 
 
 def _tax_cells(row: Row) -> list[str]:
@@ -153,7 +180,7 @@ def _summary(rows: Sequence[Row]) -> str:
     columns = {
         **{f"layer, bf16, T = {t}": ("layer", "bf16", t) for t in _tokens(rows, "layer")},
         **{
-            f"Llama, {c}": ("model", c, t)
+            f"Llama, {c}, T = {t}": ("model", c, t)
             for c in ("bf16", "bf16+fp32 autocast")
             for t in _tokens(rows, "model")
         },

@@ -16,6 +16,8 @@ from typing import Any
 
 # Interquartile range over median from which a figure is marked as measured on a noisy machine.
 NOISY = 0.15
+# Of a case of `bench.adapter_tax`, unless it is told otherwise: after these no further round begins.
+SECONDS = 4.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from bench._environment import environment, load
 from bench._results import Results, default_path
 from bench._subjects import CONFIGS, FEATURES, TINY, Sizes, Subject, linear, llama
 from bench._tables import markdown
-from bench._timing import interleave
+from bench._timing import SECONDS, interleave
 from pyfastlora.trainer.console import Console
 
 TOKENS = (128, 512, 2048)
@@ -55,7 +55,7 @@ class Limits:
 
 
 # FULL ends within 15 minutes on two cores, whole table.
-FULL, QUICK = Limits(40, 5, 4.0), Limits(3, 3, 1.0)
+FULL, QUICK = Limits(40, 5, SECONDS), Limits(3, 3, 1.0)
 
 
 def cases(

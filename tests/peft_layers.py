@@ -21,9 +21,10 @@ from pyfastlora.weights.dense import DenseWeight
 
 @dataclass(frozen=True)
 class Features:
-    """What a test asks of a layer. dropout, dora and rslora as in LoraConfig."""
+    """What a test asks of a layer. dropout, dora and rslora as in LoraConfig; scaling: alpha / rank."""
 
     rank: int = 4
+    scaling: float = 2.0
     dropout: float = 0.0
     dora: bool = False
     rslora: bool = False
@@ -74,7 +75,7 @@ def peft_layer(
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = kind == "nf4", kind == "int8"
     config = LoraConfig(
         r=features.rank,
-        lora_alpha=2 * features.rank,
+        lora_alpha=features.scaling * features.rank,
         lora_dropout=features.dropout,
         use_dora=features.dora,
         use_rslora=features.rslora,

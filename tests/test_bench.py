@@ -248,7 +248,7 @@ ENVIRONMENT = {
 }
 
 
-def taxes(peft, ours, feature="LoRA", fallback=""):
+def taxes(peft, ours, feature="LoRA", fallback="", seconds=4.0):
     row = {
         "level": "layer",
         "feature": feature,
@@ -257,9 +257,11 @@ def taxes(peft, ours, feature="LoRA", fallback=""):
         "ms": {"base": figure(1.0), "PEFT": figure(peft, noisy=True), "ours": figure(ours)},
         "tax": {"PEFT": figure(peft), "ours": figure(ours)},
         "speedup": figure(peft / ours),
+        "rounds": 17,
         "fallback": fallback,
     }
-    return Results("adapter_tax", ENVIRONMENT, {"width": 2048, "rank": 16}, [row])
+    settings = {"width": 2048, "rank": 16, "seconds": seconds, "at_least": 5}
+    return Results("adapter_tax", ENVIRONMENT, settings, [row])
 
 
 def op_row(op, case, variant, role, ms, threads=1, **ratio):
@@ -280,6 +282,16 @@ def test_losing_noisy_and_unfused_rows_are_marked():
     assert line_with(lost, "| LoRA ") == "| LoRA | 512 | 1.00 | 1.10~ | 1.25 | 1.10 | 1.25 ▼ | 0.88 |"
     fallen = page({"adapter_tax": taxes(1.1, 1.1, fallback="a forward hook was added")}, {})
     assert line_with(fallen, "| LoRA*") and "* a forward hook was added" in fallen
+
+
+def test_it_is_said_how_long_was_measured():
+    for text in (
+        page({"adapter_tax": taxes(1.5, 1.1, seconds=0.6)}, {}),
+        readme_block({"page": {"adapter_tax": taxes(1.5, 1.1, seconds=0.6)}}),
+    ):
+        assert "Rounds: 17 for a layer; none began after 0.6 s of a case" in text
+        assert "A shortened run: the default is 4 s." in text
+    assert "shortened" not in page({"adapter_tax": taxes(1.5, 1.1)}, {})
 
 
 def test_targets_stand_beside_what_was_reached_and_are_placed():

@@ -23,6 +23,7 @@ et al. 2024, and for each rounding and cast peft/tuners/lora/{layer,bnb,dora,var
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -201,19 +202,23 @@ def _plan(x: Tensor, p: Projection, cast: torch.dtype | None) -> Kept:
 
 
 def _shrink(rows: Tensor, projections: Sequence[Projection], kept: list[Kept]) -> None:
-    """Fill `s` of every adapted projection; those without a mask and of one scaling share one pass over x."""
-    shared: dict[tuple[float, torch.dtype], list[Kept]] = {}
+    """Fill `s` of every adapted projection; those without a mask share one pass over x."""
+    shared: dict[tuple[torch.dtype, float], list[tuple[Kept, Tensor, float]]] = {}
     for p, k in zip(projections, kept, strict=True):
         if k.a is None:
             continue
         if k.mask is None:
-            shared.setdefault((p.scaling, k.adapter), []).append(k)
+            # Of what is rounded, only powers of two can be multiplied in afterwards.
+            mantissa = math.frexp(p.scaling)[0] if k.rounded else 1.0
+            shared.setdefault((k.adapter, mantissa), []).append((k, k.a, p.scaling))
         else:
             k.s = lora_shrink(rows, k.a, mask=k.mask, scale=p.scaling, dtype=k.adapter)
-    for (scaling, dtype), those in shared.items():
-        factors = [k.a for k in those if k.a is not None]
-        for k, s in zip(those, lora_shrink_many(rows, factors, scale=scaling, dtype=dtype), strict=True):
-            k.s = s
+    for (dtype, mantissa), those in shared.items():
+        members, factors, scalings = zip(*those, strict=True)
+        scale = scalings[0] if all(each == scalings[0] for each in scalings) else mantissa
+        found = lora_shrink_many(rows, factors, scale=scale, dtype=dtype)
+        for k, s, scaling in zip(members, found, scalings, strict=True):
+            k.s = s if scaling == scale else s.mul_(scaling / scale)
 
 
 def _forward(rows: Tensor, p: Projection, k: Kept, dtype: torch.dtype) -> Tensor:

@@ -37,8 +37,9 @@ def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> P
     not, the switch that lets them repack their weight for CPU inference is turned off. Patching twice
     changes nothing but the backend.
 
-    Returns the report; `pyfastlora.report(model)` gives it again with the calls made since. Raises
-    ValueError for a backend that does not exist.
+    Returns the report; `pyfastlora.report(model)` gives it again with the calls made since. Raises TypeError
+    for what is no module, ValueError for a backend that does not exist and, before anything is changed,
+    BackendError for one that cannot run these layers here.
     """
     _check_model("patch", model)
     if backend != "auto":

@@ -62,6 +62,19 @@ Three things that work with PEFT raise an error, autograd's own, and never a wro
 
 `pyfastlora.unpatch(model)` gives a model that does one of these its own forward back.
 
+## Where PEFT's own tests see a difference
+
+`make test-peft` runs PEFT's tests of LoRA with every model patched. What fails is run again unpatched, and
+has to fail then too. Three sorts of tests may not, as they compare roundings, to 1e-6 or closer:
+
+- `TestScalingAdapters` and `test_disable_adapter` of Llama 4 compare a first forward with a later one.
+  The first finds out which siblings are fed one tensor, the later ones run them as one node, whose sums are
+  added in another order. Logits up to 19 come out 6e-6 apart.
+- `test_lora_use_dora_linear` compares DoRA with B = 0, (m / norm) W x + b, with W x + b, where the terms may
+  cancel.
+- `test_save_load_roundtrip_fsdp_wrapped` with `lora_bias` compares a model under FSDP1, where PEFT's forward
+  runs, with the same one fused; it passes on some CPUs.
+
 ## Feed-forward blocks
 
 A module whose forward is `down(act(gate(x)) * up(x))`, or the same with gate and up in one linear, runs as

@@ -213,6 +213,7 @@ def _adapter(patient: Patient) -> Iterator[Finding]:
     from transformers import AutoModelForCausalLM
 
     from pyfastlora.trainer import model as models
+    from pyfastlora.trainer.adapter import add_adapter
     from pyfastlora.trainer.precision import Precision
 
     config = patient.config
@@ -227,7 +228,7 @@ def _adapter(patient: Patient) -> Iterator[Finding]:
         models.check_4bit_widths(base, config.base_model)
     precision = Precision(torch.float32, None, torch.float32)
     with torch.device("meta"):
-        patient.model = models.add_adapter(base, config, precision, patient.tokenizer)
+        patient.model = add_adapter(base, config, precision, patient.tokenizer)
     trained, total = models.count_parameters(patient.model)
     yield Finding(
         "note", "adapter", f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"

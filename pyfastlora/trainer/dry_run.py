@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyfastlora.trainer import model as models
+from pyfastlora.trainer.adapter import add_adapter
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.config.load import LoadedConfig
 from pyfastlora.trainer.console import Console
@@ -122,9 +123,14 @@ def _expected(config: Config) -> dict[str, tuple[int, ...]]:
     tokenizer = models.load_tokenizer(config)
     base = base_on_meta(config, precision)
     with torch.device("meta"):
-        model: Any = models.add_adapter(base, config, precision, tokenizer)
+        model: Any = add_adapter(base, config, precision, tokenizer)
     if config.adapter:
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if config.init_of_base is not None:  # stacked: the start that the base has not
+            state = {
+                name: t.repeat((2, 1) if "lora_A" in name else (1, 2)) if "lora_" in name else t
+                for name, t in state.items()
+            }
     else:
         state = {k: v for k, v in model.state_dict().items() if k not in model.all_tied_weights_keys}
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

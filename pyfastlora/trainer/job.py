@@ -115,6 +115,8 @@ def _run(
 
     import pyfastlora
     from pyfastlora.trainer import model as models
+    from pyfastlora.trainer.adapter import add_adapter
+    from pyfastlora.trainer.attention import check_attention
     from pyfastlora.trainer.data.prepare import prepare
     from pyfastlora.trainer.memory import Meter
     from pyfastlora.trainer.model_card import users_own, write_card
@@ -123,6 +125,7 @@ def _run(
     from pyfastlora.trainer.resume import check, fingerprint
     from pyfastlora.trainer.samples import Samples
     from pyfastlora.trainer.signals import Signals
+    from pyfastlora.trainer.stacked import stack
     from pyfastlora.trainer.strategy import resolve
     from pyfastlora.trainer.training import make_trainer
 
@@ -131,6 +134,7 @@ def _run(
     precision = resolve_precision(config, device)
     models.check_packages(config)
     models.check_base_model(config)
+    check_attention(config, device, precision)
     tokenizer = models.load_tokenizer(config)
     with console.bar("tokenising", None, "rows") as bar:
         data = prepare(config, tokenizer, bar.update)
@@ -148,7 +152,7 @@ def _run(
     # shards of a model that no GPU could hold are made from CPU memory
     whole_on_cpu = strategy.divides_weights and config.bits is None
     base = models.load_base(config, precision, torch.device("cpu") if whole_on_cpu else device)
-    model = models.add_adapter(base, config, precision, tokenizer)
+    model = add_adapter(base, config, precision, tokenizer, resumes=checkpoint is not None)
     trained, total = models.count_parameters(model)
     console.say(f"{config.base_model}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     console.say(f"{device}, {strategy}, {precision}")
@@ -194,6 +198,10 @@ def _run(
             raise StoppedError(
                 f"stopped after step {trainer.state.global_step}, with a checkpoint; --resume auto goes on"
             )
+        patience = config.early_stopping_patience
+        if patience is not None and trainer.state.global_step < trainer.state.max_steps:
+            at = trainer.state.global_step
+            console.say(f"stopped after step {at}: no lower held-out loss in {patience} evaluations")
         if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
     if config.pretraining_dataset:  # what was read is known now
@@ -209,6 +217,8 @@ def _run(
     else:
         console.say(f"the lowest held-out loss was that of {best.name}, which is the result")
         run_dir.copy_result(best)
+    if processes.is_first and trainer.earlier is not None:
+        stack(run_dir.path)
     if processes.is_first:
         tokenizer.save_pretrained(str(run_dir.path))
     if report is not None:

@@ -20,6 +20,7 @@ from pyfastlora.trainer.data.registry import CHATS, prompt_type
 from pyfastlora.trainer.errors import ConfigError, UserError
 from pyfastlora.trainer.memory import is_out_of_memory
 from pyfastlora.trainer.precision import Precision, device_of_run, resolve_precision
+from pyfastlora.trainer.stacked import on_untouched_base
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -147,8 +148,11 @@ def attach(
     precision: Precision,
     tokenizer: PreTrainedTokenizerBase,
     weights: Sequence[float] = (),
+    trained: bool = False,
 ) -> PeftModel:
     """The base with adapters of PEFT's format, all active; with weights, each counts so often.
+
+    trained: the one adapter is to be trained on; else everything is frozen.
 
     Raises UserError for an adapter that is not one of this base.
     """
@@ -161,13 +165,15 @@ def attach(
     model: Any = None
     for name, folder in zip(names, folders, strict=True):
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as said, on_untouched_base(folder) as source:
                 warnings.simplefilter("always")
                 if model is None:
-                    model = PeftModel.from_pretrained(base, str(folder), name, autocast_adapter_dtype=fp32)
+                    model = PeftModel.from_pretrained(
+                        base, str(source), name, is_trainable=trained, autocast_adapter_dtype=fp32
+                    )
                     missing = any("missing adapter keys" in str(warning.message) for warning in said)
                 else:
-                    found = model.load_adapter(str(folder), name, autocast_adapter_dtype=fp32)
+                    found = model.load_adapter(str(source), name, autocast_adapter_dtype=fp32)
                     missing = any(f".{name}." in key for key in found.missing_keys)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             if is_out_of_memory(error):
@@ -179,7 +185,8 @@ def attach(
     model.base_model.set_adapter(names if len(names) > 1 else names[0])
     for name, weight in zip(names, weights, strict=False):
         _scale(model, name, weight)
-    model.requires_grad_(False)
+    if not trained:
+        model.requires_grad_(False)
     return model
 
 

@@ -143,7 +143,17 @@ def held_by(model: nn.Module) -> Iterator[Tensor]:
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Of the storages of tensors, each counted once."""
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    storages = (plain.untyped_storage() for t in tensors for plain in _plain(t))
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that one of a subclass is made of, such as torchao's optimizer states."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def is_out_of_memory(error: BaseException) -> bool:

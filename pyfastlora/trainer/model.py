@@ -1,22 +1,21 @@
-"""The model, its tokenizer and the adapter, as a configuration asks for them."""
+"""The base model and its tokenizer, as a configuration asks for them."""
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from pyfastlora.trainer.config import BNB_OPTIMIZERS, Config
-from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.config import BNB_OPTIMIZERS, TORCHAO_OPTIMIZERS, Config
+from pyfastlora.trainer.errors import UserError
 from pyfastlora.trainer.loggers import check_loggers
 from pyfastlora.trainer.memory import is_out_of_memory
+from pyfastlora.trainer.model_config import load_model_config
 from pyfastlora.trainer.precision import Precision
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ def check_packages(config: Config) -> None:
     needed = config.bits or config.optimizer in BNB_OPTIMIZERS
     if needed and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f'{wants} needs bitsandbytes: pip install "pyfastlora[qlora]"')
+    if config.optimizer in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
+        raise UserError(f"optimizer: {config.optimizer} needs torchao: pip install torchao")
     check_loggers(config)
 
 
@@ -87,6 +88,8 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         arguments["attn_implementation"] = config.attn_implementation
     if config.revision_of_model:
         arguments["revision"] = config.revision_of_model
+    if config.overrides_of_model_config:
+        arguments["config"] = load_model_config(config)
     if config.bits:
         arguments |= {"quantization_config": _bnb_config(config, precision), "device_map": {"": device}}
     try:
@@ -99,38 +102,6 @@ def load_base(config: Config, precision: Precision, device: torch.device) -> Pre
         _make_4bit_trainable_on_cpu(model, config.base_model)
     model.config.use_cache = False
     return model if config.bits else model.to(device)  # type: ignore[arg-type]
-
-
-def add_adapter(
-    model: PreTrainedModel, config: Config, precision: Precision, tokenizer: PreTrainedTokenizerBase
-) -> PeftModel | PreTrainedModel:
-    """The base with a fresh adapter and all else frozen; without `adapter`, the base itself, to be trained.
-
-    Raises ConfigError where the target modules or modules to save are not there, or where the tokenizer has
-    tokens that the embeddings lack and nobody trains.
-    """
-    if config.adapter is None:
-        if len(tokenizer) > vocabulary_of(model):
-            _resize(model, len(tokenizer))
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    _fit_embeddings(model, config, tokenizer)
-    _check_names(model, config.lora_modules_to_save, "lora_modules_to_save")
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only ever divides by it
-        lora_dropout=config.lora_dropout,
-        target_modules=_targets(model, config),
-        modules_to_save=config.lora_modules_to_save or None,
-        use_dora=config.peft_use_dora,
-        use_rslora=config.peft_use_rslora,
-    )
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=precision.adapter == torch.float32)
-    if config.gradient_checkpointing and config.gradient_checkpointing_kwargs.use_reentrant:
-        adapted.enable_input_require_grads()  # else the first checkpoint has no input that needs a gradient
-    return adapted
 
 
 def save(model: PeftModel | PreTrainedModel, folder: Path, state: dict[str, Any] | None = None) -> None:
@@ -194,57 +165,6 @@ def check_4bit_widths(model: nn.Module, name: str, kind: type[nn.Linear] = nn.Li
                 f"base_model: on a CPU, 4-bit weights need inputs in multiples of {CPU_4BIT_WIDTH}; "
                 f"{path} of {name} has {module.in_features}: use adapter: lora"
             )
-
-
-def _fit_embeddings(model: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = vocabulary_of(model)
-    if len(tokenizer) <= rows:
-        return
-    name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings()).rpartition(".")[2]
-    if name not in config.lora_modules_to_save:
-        raise ConfigError(
-            f"lora_modules_to_save: the tokenizer has {len(tokenizer)} tokens, {config.base_model} has "
-            f"embeddings for {rows}; add {name} and the output head, so that the rest is trained and saved"
-        )
-    _resize(model, len(tokenizer))
-
-
-def _resize(model: PreTrainedModel, rows: int) -> None:
-    # new rows are drawn around the mean of the others, which the meta device does not have
-    model.resize_token_embeddings(rows, mean_resizing=model.device.type != "meta")
-
-
-def _targets(model: nn.Module, config: Config) -> list[str] | str:
-    listed = config.lora_target_modules
-    if isinstance(listed, str):
-        if not any(re.fullmatch(listed, name) for name, _ in model.named_modules()):
-            raise ConfigError(f"lora_target_modules: no module of {config.base_model} matches {listed!r}")
-        return listed
-    _check_names(model, listed or [], "lora_target_modules")
-    if not config.lora_target_linear:
-        return listed or []
-    return sorted({*(listed or []), *_linear_names(model)}) if listed else "all-linear"
-
-
-def _check_names(model: nn.Module, wanted: Sequence[str], key: str) -> None:
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
-    for name in wanted:
-        if not any(full == name or full.endswith(f".{name}") for full, _ in model.named_modules()):
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"; did you mean {close[0]}?"
-                if close
-                else f"; linear modules are {', '.join(_linear_names(model))}"
-            )
-            raise ConfigError(f"{key}: the model has no module called {name}{hint}")
-
-
-def _linear_names(model: Any) -> list[str]:
-    """Last names of all linear modules but the output head, as PEFT's all-linear has them."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return sorted(
-        {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    )
 
 
 def listing(folder: Path) -> str:

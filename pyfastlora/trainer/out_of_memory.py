@@ -27,7 +27,7 @@ _PHASES = (
     ("transformers/trainer.py", "_save_checkpoint", "saving"),
     ("trainer/model.py", "save", "saving"),
     ("trainer/model.py", "load_base", "loading weights"),
-    ("trainer/model.py", "add_adapter", "loading weights"),
+    ("trainer/adapter.py", "add_adapter", "loading weights"),
 )
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +60,7 @@ class Rehearsal:
         import pyfastlora
         from pyfastlora.patching.conditions import memory_counted
         from pyfastlora.trainer import model as models
+        from pyfastlora.trainer.adapter import add_adapter
 
         self._config, self.precision = config, precision
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # states of generators are real
@@ -68,7 +68,7 @@ class Rehearsal:
         base = base_on_meta(config, precision)
         quantised = _quantised(base) if config.bits else set()
         with torch.device("meta"):
-            self.model: Any = models.add_adapter(base, config, precision, tokenizer)
+            self.model: Any = add_adapter(base, config, precision, tokenizer)
         self.vocabulary = models.vocabulary_of(self.model)
         #: Weights that are held in config.bits.
         self.quantised = [p for p in self.model.parameters() if id(p) in quantised]
@@ -102,7 +102,9 @@ class Rehearsal:
         model.train()
         if checkpointing:
             # the state of a generator would be a tensor with values
-            model.gradient_checkpointing_enable({**self._checkpointing(), "preserve_rng_state": False})
+            kwargs = self._checkpointing()
+            every = kwargs.pop("every_n_layers")
+            model.gradient_checkpointing_enable({**kwargs, "preserve_rng_state": False}, every_n_layers=every)
         try:
             return self._count(lambda: self._loss(batch).backward(), accumulates)
         finally:
@@ -208,19 +210,16 @@ class Rehearsal:
 
 def base_on_meta(config: Config, precision: Precision) -> Any:
     """The base model on the meta device. Raises UserError where its files do not say what it is."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from pyfastlora.trainer.model import check_base_model, first_line
+    from pyfastlora.trainer.model_config import load_model_config
 
     check_base_model(config, weights=False)
     wanted = config.attn_implementation or ""
     attention = "sdpa" if wanted.startswith(("flash", "flex")) else wanted
     try:
-        found = AutoConfig.from_pretrained(
-            os.path.expanduser(config.base_model),
-            revision=config.revision_of_model,
-            trust_remote_code=config.trust_remote_code,
-        )
+        found = load_model_config(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 found,
@@ -228,6 +227,8 @@ def base_on_meta(config: Config, precision: Precision) -> Any:
                 trust_remote_code=config.trust_remote_code,
                 **({"attn_implementation": attention} if attention else {}),
             )
+    except UserError:
+        raise
     except Exception as error:  # of the hub's client, and of a model's own code
         raise UserError(
             f"base_model: no model can be made of {config.base_model}: {first_line(error)}"

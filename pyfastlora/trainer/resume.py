@@ -20,7 +20,9 @@ from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.errors import ConfigError
 
 STATE = "fastlora.json"  # beside transformers' trainer_state.json
-_PACKAGES = ("pyfastlora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed")
+_PACKAGES = (
+    *("pyfastlora", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao", "deepspeed"),
+)
 #: Keys that leave the numbers alone. Where data and model are is no matter: their content is hashed.
 _NO_MATTER = {
     *LoggerKeys.model_fields,
@@ -28,6 +30,7 @@ _NO_MATTER = {
     *("save_steps", "saves_per_epoch", "save_total_limit", "resume_from_checkpoint"),
     "auto_resume_from_checkpoints",
     *("dataset_prepared_path", "datasets", "test_datasets", "base_model"),
+    *("lora_model_dir", "early_stopping_patience"),
 }
 #: Of a dataset, the keys that say how often or which of its rows are seen; its name stands for the others.
 _OF_DATASETS = {"weight", "shards", "shards_idx"}
@@ -104,14 +107,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _of_model(config: Config) -> dict[str, str]:
-    folder = Path(os.path.expanduser(config.base_model))
+    found = {"base_model": _of_folder(config.base_model, config.revision_of_model)}
+    if config.lora_model_dir is not None:
+        found["lora_model_dir"] = _of_folder(config.lora_model_dir)
+    return found
+
+
+def _of_folder(name: str, revision: str | None = None) -> str:
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
-        return {"base_model": f"{config.base_model} {config.revision_of_model or ''}".strip()}
+        return f"{name} {revision or ''}".strip()
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin")):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(_HEAD))
-    return {"base_model": digest.hexdigest()[:24]}
+    return digest.hexdigest()[:24]
 
 
 def _version(package: str) -> str | None:

@@ -44,7 +44,7 @@ _PACKAGES = (
 
 
 #: How the files begin that PEFT and transformers save.
-RESULTS = ("adapter_", "model", "config.json", "generation_config.json")
+RESULTS = ("adapter_", "earlier", "model", "config.json", "generation_config.json")
 
 
 class RunDir:

@@ -21,6 +21,7 @@ from pyfastlora.trainer.config.engine import FsdpKeys
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.resume import STATE, read_state
 from pyfastlora.trainer.sharding import load_optimizer, save_optimizer, shard, whole_model
+from pyfastlora.trainer.stacked import Earlier
 from pyfastlora.trainer.strategy import Strategy
 
 
@@ -29,6 +30,7 @@ class SavingTrainer(Trainer):
 
     processes: Processes
     fingerprint: dict[str, Any]
+    earlier: Earlier | None = None  # what the base has taken in, where it changes
     keep: int | None = None  # checkpoints; Trainer's own limit of 1 deletes the last one at the end
 
     def __init__(self, strategy: Strategy, fsdp: FsdpKeys, **kwargs: Any) -> None:
@@ -69,7 +71,10 @@ class SavingTrainer(Trainer):
         return best if step and step != self.state.global_step and best.is_dir() else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter in PEFT's format, or the whole model, by the first process; all have to call it."""
+        """The adapter in PEFT's format, or the whole model, by the first process; all have to call it.
+
+        With a base that has changed, `stack` makes of it an adapter for the base as it was.
+        """
         assert output_dir is not None and self.model is not None
         model = self.accelerator.unwrap_model(self.model)
         state = None
@@ -80,6 +85,8 @@ class SavingTrainer(Trainer):
             state = engine._zero3_consolidated_16bit_state_dict(isinstance(model, PeftModel))
         if self.processes.is_first:
             models.save(model, Path(output_dir), state)
+            if self.earlier is not None:
+                self.earlier.write(Path(output_dir))
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     IntervalStrategy,
     PreTrainedModel,
     PrinterCallback,
@@ -33,12 +34,16 @@ from pyfastlora.trainer.data.even_share import EvenShare
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.memory import Meter
+from pyfastlora.trainer.optimizers import groups_of, has_groups, with_arguments
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.processes import Processes
 from pyfastlora.trainer.record import Recorder
+from pyfastlora.trainer.relora import Restarts, with_restarts
 from pyfastlora.trainer.saving import SavingTrainer
+from pyfastlora.trainer.schedules import is_ours, make_schedule
 from pyfastlora.trainer.signals import Signals
+from pyfastlora.trainer.stacked import Earlier
 from pyfastlora.trainer.strategy import Strategy
 from pyfastlora.trainer.watch import Watch, per_token
 
@@ -77,11 +82,17 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset=data.held_out,
     )
+    trainer.config = config
     trainer.listener, trainer.processes, trainer.fingerprint = listener, processes, fingerprint
+    trainer.earlier = Earlier(model) if config.changes_base else None  # type: ignore[arg-type]
     trainer.keep = config.save_total_limit
     trainer.watch = Watch(data.train, config, Path(config.output_dir).expanduser())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Steps(trainer))
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    if config.relora and trainer.earlier is not None:
+        trainer.add_callback(Restarts(config, trainer.earlier))
     trainer.add_callback(signals)  # hears of a step's end after all others
     return trainer
 
@@ -96,6 +107,7 @@ def collator_of(config: Config, pad_id: int) -> Collator:
 class FastloraTrainer(SavingTrainer):
     """Trainer with token counts, token-weighted evaluation, checkpoints that are whole, and a Listener."""
 
+    config: Config
     listener: Listener
     watch: Watch
     meter: Meter | None = None
@@ -111,7 +123,31 @@ class FastloraTrainer(SavingTrainer):
         self.resumed_from = checkpoint
         if checkpoint is not None:
             self.args.eval_on_start = False
+        if self.earlier is not None:
+            if checkpoint is not None:
+                self.earlier.read(checkpoint)
+            elif self.config.init_of_base is not None:
+                self.earlier.begin(self.config.init_of_base)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        trained: Any = self.model if model is None else model
+        if self.optimizer is None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer_cls_and_kwargs = kind, with_arguments(kind, arguments, self.config)
+            if has_groups(self.config):
+                groups = groups_of(trained, self.config, self.get_decay_parameter_names(trained))
+                self.optimizer = kind(groups, **self.optimizer_cls_and_kwargs[1])
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None and is_ours(self.config):
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            held: Any = optimizer or self.optimizer
+            self.lr_scheduler = make_schedule(self.config, held, warmup, num_training_steps)
+            self._created_lr_scheduler = True
+        schedule: Any = super().create_scheduler(num_training_steps, optimizer)
+        return with_restarts(schedule, self.config) if self.config.relora else schedule
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None
@@ -241,7 +277,7 @@ def _arguments(
         num_train_epochs=c.num_epochs,
         max_steps=c.max_steps or -1,
         learning_rate=c.learning_rate,
-        lr_scheduler_type=c.lr_scheduler,
+        lr_scheduler_type="constant" if is_ours(c) else c.lr_scheduler,
         lr_scheduler_kwargs=c.lr_scheduler_kwargs,
         warmup_steps=c.warmup_steps
         if c.warmup_steps is not None
@@ -267,6 +303,9 @@ def _arguments(
         deepspeed=deepspeed,
         activation_checkpointing=c.gradient_checkpointing,  # its name since transformers 5
         activation_checkpointing_kwargs=c.gradient_checkpointing_kwargs.model_dump(),
+        torch_compile=on_gpu if c.torch_compile == "auto" else c.torch_compile,
+        torch_compile_backend=c.torch_compile_backend if c.torch_compile else None,
+        torch_compile_mode=c.torch_compile_mode if c.torch_compile else None,
         train_sampling_strategy=c.sampling,
         dataloader_num_workers=c.dataloader_num_workers,
         dataloader_pin_memory=on_gpu,
@@ -276,6 +315,7 @@ def _arguments(
         logging_nan_inf_filter=False,  # would replace a nan by the mean of the losses before it
         eval_on_start=c.eval_on_start,
         seed=c.seed,
+        restore_callback_states_from_checkpoint=c.early_stopping_patience is not None,
         disable_tqdm=True,
         **loggers.arguments(c),
         metric_for_best_model="loss" if evaluates else None,

@@ -24,12 +24,13 @@ _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A family: its `model_type` in transformers, sizes, and its experts' parameters if it has any."""
+    """A family: its `model_type` in transformers, sizes, its experts' parameters and what it never calls."""
 
     model_type: str
     sizes: dict[str, Any] = field(default_factory=dict)
     experts: tuple[str, ...] = ()
     loader: str = "AutoModelForCausalLM"
+    uncalled: tuple[str, ...] = ()  # whose weights it reads by itself
 
     def __str__(self) -> str:
         return self.model_type
@@ -69,6 +70,21 @@ FAMILIES = [
     Family("gemma", _HEADS),
     Family("gemma2", {**_HEADS, "sliding_window": 8}),
     Family("gemma3_text", {**_HEADS, "sliding_window": 8}),
+    Family(
+        "gemma3n_text",
+        {
+            **_HEADS,
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,  # the last layer takes keys and values of the one before
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "sliding_window": 8,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0],  # in the first layer
+            "laurel_rank": 8,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+        uncalled=("correction_coefs",),
+    ),
     Family("phi3", _GLU),
     Family("glm4", _HEADS),
     Family("granite", _GLU),
@@ -133,6 +149,7 @@ FAMILIES = [
             "dropout_rate": 0.0,
         },
         loader="AutoModelForSeq2SeqLM",
+        uncalled=("shared",),  # its stacks hold the embedding beneath the adapter
     ),
     Family(
         "llava",

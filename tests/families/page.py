@@ -17,7 +17,9 @@ _HEAD = """\
 A tiny random model of each family, with LoRA on every linear layer but the head, on the input embedding and,
 where there are any, on the parameters of the experts. The tests train each for 32 steps, patched and not, and
 compare the losses. Layers that are fed one tensor and run as one node stand together; every name stands for
-all layers that have it. What is left to PEFT runs PEFT's own forward, for the reason given.
+all layers that have it. What is left to PEFT runs PEFT's own forward, for the reason given. A layer that the
+model never calls, because it reads the weight beneath by itself, is fused in vain: its adapter has no effect,
+with PEFT as little as here.
 
 In some families with experts (DeepSeek's is one here) PEFT takes `gate_proj`, `up_proj` and `down_proj` for
 the experts' parameters alone, so that dense layers and shared experts of these names get no adapter.
@@ -28,6 +30,8 @@ This page is made from the reports of these models, by
 | family | fused | left to PEFT, and why |
 |---|---|---|
 """
+
+NEVER_CALLED = "never called"
 
 
 def markdown(reports: Iterable[tuple[Family, PatchReport]]) -> str:
@@ -40,8 +44,11 @@ def line(family: Family, report: PatchReport) -> str:
     fused: dict[str, list[str]] = {}
     left: dict[str, list[str]] = {}
     for row in report:
-        name = row.name.removesuffix(".base_layer").rpartition(".")[2]
-        names = fused.setdefault(row.region, []) if row.fused else left.setdefault(row.reason, [])
+        *_, name = (part for part in row.name.removesuffix(".base_layer").split(".") if not part.isdigit())
+        if row.fused and row.calls_fused:
+            names = fused.setdefault(row.region, [])
+        else:
+            names = left.setdefault(row.reason or NEVER_CALLED, [])
         if name not in names:
             names.append(name)
     # a region of several layers names them itself

@@ -174,6 +174,36 @@ def test_siblings_are_as_exact_as_peft(dtype, adapter_dtype, autocast, order, ki
     compare(SIBLINGS[:: 1 - 2 * order], dtype, adapter_dtype, kind, autocast)
 
 
+UNEQUAL = [
+    Features(rank=3),
+    Features(rank=5, scaling=0.7, dora=True),
+    Features(scaling=0.5),
+    Features(rslora=True),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype", "rounded", "passes"),
+    [
+        (torch.float32, torch.float32, False, 1),
+        (torch.bfloat16, torch.bfloat16, False, 1),
+        (torch.float16, torch.float32, False, 1),
+        (torch.bfloat16, torch.bfloat16, True, 2),  # 0.7 is no power of two away from 2
+    ],
+    ids=name_of,
+)
+def test_siblings_of_any_ranks_and_scalings_share_a_pass(dtype, adapter_dtype, rounded, passes, monkeypatch):
+    monkeypatch.setattr(region, "ROUND_AS_PEFT", {DEVICE.type} if rounded else set())
+    compare(UNEQUAL, dtype, adapter_dtype, "dense")
+    layers = [peft_layer(features, dtype, adapter_dtype) for features in UNEQUAL]
+    counted = []
+    for name in ("lora_shrink", "lora_shrink_many"):
+        own = getattr(region, name)
+        monkeypatch.setattr(region, name, lambda *a, own=own, **k: (counted.append(own), own(*a, **k))[1])
+    fused_projections(noise(2, 40, 128, dtype=dtype), [projection_of(layer) for layer in layers])
+    assert len(counted) == passes
+
+
 COMBINATIONS = [
     Projection(None, bias, "A", "B", lora_bias, 0.7, dropout, magnitude)
     for bias, lora_bias, dropout, magnitude in itertools.product(
@@ -281,6 +311,29 @@ def test_gradcheck_of_dora_in_what_it_differentiates(dropout):
         return fused_projections(x, [Projection(p.weight, bias, a, b, None, 0.7, dropout, magnitude)])[0]
 
     assert torch.autograd.gradcheck(function, (x, p.bias, p.magnitude))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_dora_siblings_at_a_norm_that_stands_still(dropout, monkeypatch):
+    """Every parameter of two, A and B too: finite differences must not see the norm move."""
+    spec = Projection(None, "b", "A", "B", None, 0.7, dropout, "m")
+    x = torch.randn(3, 5, dtype=torch.float64).requires_grad_()
+    specs = [(spec, 3), (replace(spec, scaling=1.3), 2)]
+    siblings = [tensors_of(each, ranks=ranks, seed=i) for i, (each, ranks) in enumerate(specs)]
+    norms = [p.weight.norm(p.lora_A.detach(), p.lora_B.detach(), p.scaling) for p in siblings]
+    by_weight = {p.weight.weight.data_ptr(): norm for p, norm in zip(siblings, norms, strict=True)}
+    monkeypatch.setattr(DenseWeight, "norm", lambda weight, *_: by_weight[weight.weight.data_ptr()])
+
+    def function(x, *parts):
+        torch.manual_seed(3)
+        values = iter(parts)
+        moved = []
+        for p in siblings:
+            bias, a, b, magnitude = (next(values) for _ in range(4))
+            moved.append(Projection(p.weight, bias, a, b, None, p.scaling, dropout, magnitude))
+        return tuple(fused_projections(x, moved))
+
+    assert torch.autograd.gradcheck(function, leaves(x, siblings))
 
 
 @pytest.mark.parametrize("spec", COMBINATIONS[:: len(COMBINATIONS) - 1], ids=["lora", "all"])

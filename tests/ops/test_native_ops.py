@@ -14,6 +14,8 @@ from pyfastlora.ops import _native
 from pyfastlora.ops.dropout_mask import pack
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+OF_OPS = ("dequant_4bit", "dequant_8bit", "matmul_4bit", "glu", "lora", "lora_backward", "dora")
+OF_OPS += ("dropout_mask", "layouts")
 
 
 def samples():
@@ -73,10 +75,7 @@ def test_the_op_tests_pass_at_every_lower_level(level):
     here = _native.cpu_level()
     if LEVELS.index(level) >= LEVELS.index(here):
         pytest.skip(f"the suite itself runs at {here}; {level} is not below it")
-    files = [
-        str(Path(__file__).parent / f"test_{name}.py")
-        for name in ("dequant_4bit", "dequant_8bit", "matmul_4bit", "glu", "lora", "dora", "dropout_mask")
-    ]
+    files = [str(Path(__file__).parent / f"test_{name}.py") for name in OF_OPS]
     env = {**os.environ, "FASTLORA_CPU_LEVEL": level}
     code = (
         "import sys, torch, pytest; from pyfastlora.ops import _native\n"

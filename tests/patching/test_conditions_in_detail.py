@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import DEVICE, process_group
 from peft import LoraConfig, get_peft_model
 from peft.helpers import DoraCaching
@@ -27,6 +28,7 @@ from .models import (
     Toy,
     assert_close,
     assert_equal,
+    difference,
     first,
     inputs,
     lora,
@@ -128,6 +130,22 @@ def test_l6_a_4bit_linear_under_a_dense_lora_layer() -> None:
     ours = patched_copy(peft)
     assert_equal(step(ours, inputs(4, WIDTH)), step(peft, inputs(4, WIDTH)))
     assert "the base layer is a Linear4bit, not Linear" in row(ours).reason
+
+
+def test_l6_bitnets_layers_run_their_own_forward() -> None:
+    """A subclass of nn.Linear that makes its weight ternary and x of 8 bits, on the way."""
+    bitnet = pytest.importorskip("transformers.integrations.bitnet")
+    base = Toy()
+    base.up = bitnet.AutoBitLinear(WIDTH, HIDDEN, online_quant=True)
+    peft = lora(base)
+    ours = patched_copy(peft)
+    with torch.compiler.set_stance("force_eager"):  # it compiles itself
+        found = step(ours, inputs(4, WIDTH))
+        assert_close(found, step(peft, inputs(4, WIDTH)))
+    plain = F.linear(inputs(4, WIDTH), base.up.weight, base.up.bias)
+    assert difference(base.up(inputs(4, WIDTH)), plain) > 0.1
+    assert row(ours).reason == "the base layer is a AutoBitLinear, not Linear"
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (0, 1)
 
 
 def test_l7_dropout_in_place() -> None:
@@ -251,6 +269,26 @@ def test_l11_tensor_subclasses_and_meta() -> None:
     assert meta["up"].reason == "on the meta device: nothing to compute with"
     assert_ends_alike(first(ours), first(peft), x.to("meta"))
     assert row(ours).reason == "on the meta device: nothing to compute with"
+
+
+def test_l11_another_layout() -> None:
+    peft = lora()
+    ours = patched_copy(peft)
+    for model in (peft, ours):
+        expand = first(model).lora_B["default"]
+        expand.weight = nn.Parameter(expand.weight.data.to_sparse())
+    assert_ends_alike(first(ours), first(peft), inputs(2, WIDTH))
+    assert row(ours).reason == "lora_B.weight is sparse_coo, not strided"
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (0, 1)
+
+
+def test_l11_another_device() -> None:
+    ours, x = patched_copy(lora()), inputs(2, WIDTH)
+    expand = first(ours).lora_B["default"]
+    expand.weight = nn.Parameter(expand.weight.data.to("meta"))
+    first(ours)(x)  # PEFT's: what torch multiplies with a tensor without values has no meaning
+    assert row(ours).reason == f"lora_B.weight is on meta, x on {x.device}"
+    assert (row(ours).calls_fused, row(ours).calls_fallback) == (0, 1)
 
 
 def test_l11_dtensor() -> None:

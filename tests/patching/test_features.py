@@ -129,12 +129,27 @@ def _corda(base: nn.Module) -> PeftModel:
 
 
 def _loftq(base: nn.Module) -> PeftModel:
+    """PEFT computes it on a GPU whether there is one or not: here on the device of the tests."""
     from peft import LoftQConfig
 
-    if DEVICE.type != "cuda":
-        pytest.skip("PEFT computes LoftQ on a GPU only")
+    bitsandbytes()
+    own = Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        args = tuple(DEVICE if str(arg) == "cuda" else arg for arg in args)
+        kwargs = {name: DEVICE if str(value) == "cuda" else value for name, value in kwargs.items()}
+        return own(tensor, *args, **kwargs)
+
     settings = {"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=4)}
-    return get_peft_model(base, LoraConfig(r=8, target_modules=BOTH, **settings))
+    weight = base.up.weight.data.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "to", to)
+        model = get_peft_model(base, LoraConfig(r=8, target_modules=BOTH, **settings))
+    up = first(model)
+    rest = weight - up.base_layer.weight.data  # what the quantised weight lacks, and B A gives in part
+    factors = up.lora_B["default"].weight @ up.lora_A["default"].weight
+    assert 0 < (rest - factors).norm() < 0.95 * rest.norm()
+    return model
 
 
 def _by_name(name: Any, **config: Any) -> Callable[[nn.Module], PeftModel]:

@@ -11,6 +11,7 @@ import functools
 import io
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,28 @@ def test_the_reason_is_in_the_report_and_the_linears_run_fused() -> None:
     assert type(block(ours)) is Gated
     row = pyfastlora.report(ours)["gate_proj"]
     assert row.fused and row.region != "mlp" and "it has clamp in it" in row.note
+
+
+VARIANTS = {
+    "clamped": ("deepseek_v4", "DeepseekV4MLP", {"swiglu_limit": 0.1}, "it has clamp in it"),
+    "scaled": ("falcon_h1", "FalconH1MLP", {"mlp_multipliers": (0.7, 1.3)}, "it has a further factor in it"),
+    "normalised": ("bitnet", "BitNetMLP", {"rms_norm_eps": 1e-6}, "it has BitNetRMSNorm in it"),
+}
+
+
+@pytest.mark.parametrize(("family", "name", "config", "reason"), VARIANTS.values(), ids=VARIANTS)
+def test_transformers_own_variants_are_refused(
+    family: str, name: str, config: dict[str, Any], reason: str
+) -> None:
+    modelling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
+    torch.manual_seed(0)
+    config = {**SIZES, "hidden_act": "silu", "mlp_bias": False, **config}
+    peft, ours = pair(getattr(modelling, name)(SimpleNamespace(**config)))
+    x = noise(3, WIDTH)
+    for _ in range(2):
+        assert_close(step(ours, x), step(peft, x))
+    rows = list(pyfastlora.report(ours))
+    assert all(row.fused and row.region != "mlp" and reason in row.note for row in rows)
 
 
 class Optional(nn.Module):

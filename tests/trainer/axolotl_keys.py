@@ -19,13 +19,13 @@ tokenizer_type                AutoTokenizer         noted
 trust_remote_code             true                  honoured
 tokenizer_use_fast            true                  noted
 tokenizer_legacy              true                  noted
-resize_token_embeddings_to_32x true                 refused
+resize_token_embeddings_to_32x true                 honoured
 is_falcon_derived_model       true                  noted
 is_llama_derived_model        true                  noted
 is_mistral_derived_model      true                  noted
 is_qwen_derived_model         true                  noted
-overrides_of_model_config     {a: 1}                refused
-rope_scaling                  {type: linear}        refused
+overrides_of_model_config     {a: 1}                honoured
+rope_scaling                  {type: linear}        translated overrides_of_model_config
 bnb_config_kwargs             {bnb_4bit_quant_type: fp4} honoured
 gptq                          true                  refused
 gptq_groupsize                128                   refused
@@ -65,22 +65,22 @@ sample_packing_bin_size       200                   honoured
 device_map                    auto                  refused
 max_memory                    {cpu: 20GiB}          refused
 adapter                       lora                  honoured
-lora_model_dir                ./adapter             refused
+lora_model_dir                ./adapter             honoured
 lora_r                        8                     honoured
 lora_alpha                    16                    honoured
 lora_dropout                  0.05                  honoured
 lora_target_modules           [q_proj]              honoured
 lora_target_linear            true                  honoured
-peft_layers_to_transform      [1]                   refused
+peft_layers_to_transform      [1]                   honoured
 lora_modules_to_save          [lm_head]             honoured
 lora_out_dir                  ./out                 refused
 lora_fan_in_fan_out           true                  noted
 peft                          {loftq_config: {}}    refused
-relora_steps                  100                   refused
-relora_warmup_steps           10                    refused
+relora_steps                  100                   honoured
+relora_warmup_steps           10                    translated jagged_restart_warmup_steps
 relora_anneal_steps           10                    refused
-relora_prune_ratio            0.9                   refused
-relora_cpu_offload            true                  refused
+relora_prune_ratio            0.9                   honoured
+relora_cpu_offload            true                  noted
 wandb_mode                    offline               honoured
 wandb_project                 p                     honoured
 wandb_entity                  e                     honoured
@@ -91,8 +91,8 @@ wandb_log_model               end                   honoured
 mlflow_tracking_uri           uri                   honoured
 mlflow_experiment_name        n                     honoured
 output_dir                    ./out                 honoured
-torch_compile                 true                  refused
-torch_compile_backend         inductor              refused
+torch_compile                 true                  honoured
+torch_compile_backend         inductor              honoured
 gradient_accumulation_steps   4                     honoured
 micro_batch_size              2                     honoured
 batch_size                    8                     refused
@@ -101,7 +101,7 @@ num_epochs                    3                     honoured
 warmup_steps                  10                    honoured
 warmup_ratio                  0.05                  honoured
 learning_rate                 1e-4                  honoured
-lr_quadratic_warmup           true                  refused
+lr_quadratic_warmup           true                  honoured
 logging_steps                 10                    honoured
 eval_steps                    10                    honoured
 evals_per_epoch               2                     honoured
@@ -121,16 +121,16 @@ train_on_inputs               true                  honoured
 group_by_length               true                  honoured
 gradient_checkpointing        true                  honoured
 gradient_checkpointing_kwargs {use_reentrant: true} honoured
-early_stopping_patience       3                     refused
+early_stopping_patience       3                     honoured
 lr_scheduler                  cosine                honoured
 lr_scheduler_kwargs           {a: 1}                honoured
-cosine_min_lr_ratio           0.1                   refused
-cosine_constant_lr_ratio      0.8                   refused
-lr_div_factor                 10                    refused
-log_sweep_min_lr              1e-5                  refused
-log_sweep_max_lr              1e-3                  refused
+cosine_min_lr_ratio           0.1                   honoured
+cosine_constant_lr_ratio      0.8                   honoured
+lr_div_factor                 10                    honoured
+log_sweep_min_lr              1e-5                  honoured
+log_sweep_max_lr              1e-3                  honoured
 optimizer                     adamw_torch           honoured
-optim_args                    {a: 1}                refused
+optim_args                    {a: 1}                honoured
 optim_target_modules          [attn]                refused
 weight_decay                  0.01                  honoured
 adam_beta1                    0.9                   honoured
@@ -184,10 +184,10 @@ sample_packing_sequentially   true                  noted
 curriculum_sampling           true                  refused
 peft_use_dora                 true                  honoured
 peft_use_rslora               true                  honoured
-peft_init_lora_weights        pissa                 refused
+peft_init_lora_weights        pissa                 honoured
 peft_layer_replication        [[0, 4]]              refused
-loraplus_lr_ratio             16                    refused
-loraplus_lr_embedding         1e-6                  refused
+loraplus_lr_ratio             16                    honoured
+loraplus_lr_embedding         1e-6                  honoured
 streaming                     true                  noted
 streaming_multipack_buffer_size 5000                honoured
 pretrain_multipack_buffer_size 5000                 translated streaming_multipack_buffer_size
@@ -196,11 +196,19 @@ lora_mlp_kernel               true                  noted
 lora_qkv_kernel               true                  noted
 lora_o_kernel                 true                  noted
 lora_embedding_kernel         true                  noted
-relora                        true                  refused
+relora                        true                  honoured
+jagged_restart_steps          100                   honoured
+jagged_restart_warmup_steps   10                    honoured
+jagged_restart_anneal_steps   10                    refused
+lr_groups                     [{name: a, modules: [q], lr: 1e-4}] honoured
+embedding_lr                  1e-5                  honoured
+embedding_lr_scale            0.1                   honoured
+peft_trainable_token_indices  [1, 2]                honoured
+activation_checkpointing      true                  translated gradient_checkpointing
 eval_strategy                 steps                 honoured
 eval_on_start                 true                  honoured
 save_only_model               true                  refused
-torch_compile_mode            default               refused
+torch_compile_mode            default               honoured
 unfrozen_parameters           [x]                   refused
 lisa_n_layers                 4                     refused
 lisa_step_interval            20                    refused
@@ -229,7 +237,7 @@ trackio_space_id              me/space              honoured
 use_comet                     true                  refused
 comet_project_name            p                     refused
 use_tensorboard               true                  honoured
-model_config                  {a: 1}                refused
+model_config                  {a: 1}                translated overrides_of_model_config
 """
 
 

@@ -22,6 +22,7 @@ import pyfastlora
 from pyfastlora.cli import plan as cli
 from pyfastlora.trainer import memory_plan
 from pyfastlora.trainer import model as models
+from pyfastlora.trainer.adapter import add_adapter
 from pyfastlora.trainer.config import BNB_OPTIMIZERS
 from pyfastlora.trainer.config.engine import STRATEGIES
 from pyfastlora.trainer.config.load import load_config
@@ -104,7 +105,7 @@ def trainer_of(config: Any) -> Any:
     torch.manual_seed(0)
     precision = resolve_precision(config, CPU)
     base = models.load_base(config, precision, CPU)
-    model = models.add_adapter(base, config, precision, Tokenizer())
+    model = add_adapter(base, config, precision, Tokenizer())
     if config.adapter and config.fastlora:
         pyfastlora.patch(model)
     alone = (Processes(), Strategy("single", 1), {}, Signals(Processes()))

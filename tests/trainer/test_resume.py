@@ -80,12 +80,27 @@ CASES = {
     "fused, DoRA": ("max_steps=6", "fastlora=true", "peft_use_dora=true", "lora_dropout=0.0"),
     "schedule and 8-bit optimizer": ("max_steps=8", "lr_scheduler=cosine", "optimizer=adamw_bnb_8bit"),
 }
+KINDS = {
+    "PiSSA, LoRA+, one cycle": (
+        *("max_steps=6", "peft_init_lora_weights=pissa_niter_4", "fastlora=true", "bf16=true"),
+        *("loraplus_lr_ratio=4", "lr_scheduler=one_cycle"),
+    ),
+    "OLoRA": ("max_steps=6", "peft_init_lora_weights=olora"),
+    "ReLoRA": (
+        *("max_steps=7", "relora_steps=2", "jagged_restart_warmup_steps=1", "fastlora=true"),
+        *("lr_scheduler=cosine", "learning_rate=1e-3"),
+    ),
+}
+EVERYWHERE = {"in the middle": 2, "at the end of an epoch": 3}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("step", [2, 3], ids=["in the middle", "at the end of an epoch"])
+@pytest.mark.parametrize(
+    ("case", "step"),
+    [pytest.param(case, step, id=f"{case}, {at}") for case in CASES for at, step in EVERYWHERE.items()]
+    + [pytest.param(case, 3, id=case) for case in KINDS],
+)
 def test_ends_as_if_it_had_not_been_stopped(config, tmp_path, monkeypatch, case, step):
-    settings = [part for key in CASES[case] for part in ("--set", key)]
+    settings = [part for key in (CASES | KINDS)[case] for part in ("--set", key)]
     run(config, *settings)
     with monkeypatch.context() as stopping:
         stop_at(stopping, step)

@@ -8,7 +8,14 @@ keys. load.py reads files, wording.py has the words of the errors, reference.py 
 """
 
 from pyfastlora.trainer.config.data import DatasetKeys, SourceKeys, TemplateKeys
-from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS
+from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS, TORCHAO_OPTIMIZERS
 from pyfastlora.trainer.config.schema import Config
 
-__all__ = ["BNB_OPTIMIZERS", "Config", "DatasetKeys", "SourceKeys", "TemplateKeys"]
+__all__ = [
+    "BNB_OPTIMIZERS",
+    "TORCHAO_OPTIMIZERS",
+    "Config",
+    "DatasetKeys",
+    "SourceKeys",
+    "TemplateKeys",
+]

@@ -52,12 +52,11 @@ def _fsdp(options: Any) -> str:
 _NOT_HERE = Refusal("not available; remove the key")
 _ONE_AXIS = Refusal("processes share samples and weights (strategy), not a sequence or a product; remove it")
 _NO_SERVICE = Refusal("those that can be told are TensorBoard, wandb, MLflow and Trackio; remove the key")
-_FRESH = Refusal("training starts at step 0 from a fresh adapter; remove the key")
 _ANSWERS = Refusal("report.html has answers to report_samples held-out prompts; say that")
 _SFT = Refusal("trained is on texts and responses (SFT); remove the key")
+_ANNEAL = Refusal("the learning rate falls with its schedule; remove the key")
 _GPTQ = Refusal("the base is dense, 8-bit (load_in_8bit) or 4-bit (adapter: qlora)")
 _GONE = Refusal("it is gone from Axolotl and transformers; remove the key")
-_SCHEDULE = Refusal("not among the schedules (lr_scheduler); remove the key")
 
 _ATTENTION = "attn_implementation"
 _KERNELS = Note("every adapted linear is fused where it can be; see the kernel report")
@@ -78,6 +77,11 @@ FOREIGN: dict[str, Fate] = {
     "sdp_attention": Translation(_ATTENTION, "sdpa"),
     "eager_attention": Translation(_ATTENTION, "eager"),
     "xformers_attention": Translation(_ATTENTION, "sdpa"),
+    "model_config": Translation("overrides_of_model_config"),
+    "rope_scaling": Translation("overrides_of_model_config", lambda value: {"rope_scaling": value}),
+    "activation_checkpointing": Translation("gradient_checkpointing"),
+    "activation_checkpointing_kwargs": Translation("gradient_checkpointing_kwargs"),
+    "relora_warmup_steps": Translation("jagged_restart_warmup_steps"),
     # the model
     "base_model_config": Note("the configuration is read from the files of base_model"),
     "base_model_ignore_patterns": Note("only the files that are needed are read"),
@@ -93,11 +97,7 @@ FOREIGN: dict[str, Fate] = {
     "gptq_groupsize": _GPTQ,
     "gptq_model_v1": _GPTQ,
     "gptq_disable_exllama": _GPTQ,
-    "overrides_of_model_config": Refusal("put it into the config.json of base_model"),
-    "model_config": Refusal("put it into the config.json of base_model"),
     "overrides_of_model_kwargs": _NOT_HERE,
-    "rope_scaling": Refusal("put it into the config.json of base_model"),
-    "resize_token_embeddings_to_32x": Refusal("embeddings grow by the tokens of `tokens` and no more"),
     "float16": Refusal("float16 adapters lose their small gradients; say fp16: true, which scales them"),
     "gpu_memory_limit": _NOT_HERE,
     "lora_on_cpu": _NOT_HERE,
@@ -120,19 +120,13 @@ FOREIGN: dict[str, Fate] = {
     "lora_embedding_kernel": _KERNELS,
     "lora_fan_in_fan_out": Note("PEFT sees from the layer which way its weight lies"),
     "lora_out_dir": Refusal("the adapter is saved in output_dir; say that"),
-    "lora_model_dir": _FRESH,
-    "relora": _NOT_HERE,
-    "relora_steps": _NOT_HERE,
-    "relora_warmup_steps": _NOT_HERE,
-    "relora_anneal_steps": _NOT_HERE,
-    "relora_prune_ratio": _NOT_HERE,
-    "relora_cpu_offload": _NOT_HERE,
-    "peft": _NOT_HERE,
-    "loraplus_lr_ratio": _NOT_HERE,
-    "loraplus_lr_embedding": _NOT_HERE,
-    "peft_layers_to_transform": Refusal("say lora_target_modules as a regular expression with the layers"),
-    "peft_init_lora_weights": _NOT_HERE,
-    "peft_layer_replication": _NOT_HERE,
+    "relora_anneal_steps": _ANNEAL,
+    "jagged_restart_anneal_steps": _ANNEAL,
+    "relora_cpu_offload": Note("what was merged is kept in CPU memory anyway"),
+    "peft": Refusal(
+        "say peft_init_lora_weights: loftq for LoftQ; make others with PEFT, and give them as lora_model_dir"
+    ),
+    "peft_layer_replication": Refusal("make the adapter with PEFT, and give it as lora_model_dir"),
     # the data
     "dataset_processes": _CORES,
     "dataset_num_proc": _CORES,
@@ -157,21 +151,8 @@ FOREIGN: dict[str, Fate] = {
     "batch_size": Refusal(
         "say micro_batch_size and gradient_accumulation_steps (batch_size is their product)"
     ),
-    "lr_quadratic_warmup": _SCHEDULE,
-    "lr_div_factor": _SCHEDULE,
-    "log_sweep_min_lr": _SCHEDULE,
-    "log_sweep_max_lr": _SCHEDULE,
-    "cosine_min_lr_ratio": Refusal(
-        "say lr_scheduler: cosine_with_min_lr and lr_scheduler_kwargs: {min_lr_rate: ..}"
-    ),
-    "cosine_constant_lr_ratio": _SCHEDULE,
-    "early_stopping_patience": _NOT_HERE,
     "curriculum_sampling": _NOT_HERE,
     "torchdistx_path": _GONE,
-    "torch_compile": _NOT_HERE,
-    "torch_compile_backend": _NOT_HERE,
-    "torch_compile_mode": _NOT_HERE,
-    "optim_args": _NOT_HERE,
     "optim_target_modules": _NOT_HERE,
     "unfrozen_parameters": _NOT_HERE,
     "lisa_n_layers": _NOT_HERE,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pyfastlora.trainer.config.values import Keys
+from pyfastlora.trainer.config.values import Int, Keys, one_of
+
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_SHORT = {"flash": "flash_attention_2", "flex": "flex_attention", "sdp": "sdpa", "xformers": "sdpa"}
+_NO_ATTENTION = {
+    "sage": "has no backward pass; say sdpa",
+    "fp8": "is attention in 8 bits, which a model is not trained with; say sdpa",
+    "s2": "changes what a token sees between layers and is gone from Axolotl; say sdpa",
+}
 
 
 class SpecialTokens(Keys):
@@ -37,6 +45,7 @@ class CheckpointingKeys(Keys):
     """gradient_checkpointing_kwargs."""
 
     use_reentrant: bool = Field(default=False, description="torch's older kind of checkpointing")
+    every_n_layers: Int = Field(default=1, gt=0, description="recompute every n-th layer, keep the others")
 
 
 class ModelKeys(Keys):
@@ -48,9 +57,15 @@ class ModelKeys(Keys):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     special_tokens: SpecialTokens = Field(SpecialTokens(), description="roles to (re)assign")
     tokens: list[str] = Field([], description="tokens to add; their embeddings must be trained and saved")
-    attn_implementation: (
-        Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
-    ) = Field(None, description="attention of transformers (default: its own choice)")
+    attn_implementation: str | None = Field(
+        None, description=f"attention of transformers: {', '.join(ATTENTIONS)} (default: its own choice)"
+    )
+    overrides_of_model_config: dict[str, Any] = Field(
+        {}, description="values of the model's config.json to replace, mappings key by key"
+    )
+    resize_token_embeddings_to_32x: bool = Field(
+        False, description="rows of the embeddings up to a multiple of 32"
+    )
     load_in_4bit: bool | None = Field(None, description="bitsandbytes 4-bit base; implied by adapter: qlora")
     load_in_8bit: bool = Field(False, description="bitsandbytes 8-bit base (LLM.int8), with adapter: lora")
     bnb_config_kwargs: BnbKeys = Field(BnbKeys(), description="details of the 4-bit base")
@@ -65,3 +80,8 @@ class ModelKeys(Keys):
     gradient_checkpointing_kwargs: CheckpointingKeys = Field(
         CheckpointingKeys(), description="how it is done"
     )
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _known_attention(cls, value: str | None) -> str | None:
+        return None if value is None else one_of(value, ATTENTIONS, _SHORT, _NO_ATTENTION)

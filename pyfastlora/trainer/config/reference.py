@@ -21,12 +21,13 @@ from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import BnbKeys, CheckpointingKeys, ModelKeys, SpecialTokens
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
+from pyfastlora.trainer.config.schedule import LrGroupKeys, ScheduleKeys
 from pyfastlora.trainer.config.values import Keys
 
 _GROUPS: tuple[type[Keys], ...] = (
-    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, EngineKeys, RunKeys, LoggerKeys),
+    *(ModelKeys, AdapterKeys, DataKeys, OptimisationKeys, ScheduleKeys, EngineKeys, RunKeys, LoggerKeys),
     *(SourceKeys, DatasetKeys, PretrainingKeys, TemplateKeys, SpecialTokens),
-    *(BnbKeys, CheckpointingKeys, FsdpKeys),
+    *(LrGroupKeys, BnbKeys, CheckpointingKeys, FsdpKeys),
 )
 
 

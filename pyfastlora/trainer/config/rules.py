@@ -10,10 +10,9 @@ from pyfastlora.trainer.config.engine import FsdpKeys
 from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import BnbKeys
 from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS
+from pyfastlora.trainer.config.rules_training import RULES_OF_TRAINING, Conflict
 from pyfastlora.trainer.config.schema import Config
 from pyfastlora.trainer.data.registry import CHATS
-
-Conflict = tuple[tuple[str, ...], str]
 
 
 def _bits_fit_adapter(c: Config) -> Iterator[Conflict]:
@@ -34,6 +33,8 @@ def _bits_fit_adapter(c: Config) -> Iterator[Conflict]:
 
 
 def _something_is_adapted(c: Config) -> Iterator[Conflict]:
+    if c.lora_model_dir is not None and c.adapter is not None:
+        return  # its own configuration names the modules
     if c.adapter is None:
         for key in AdapterKeys.model_fields:
             if key != "fastlora" and getattr(c, key) != AdapterKeys.model_fields[key].default:
@@ -52,11 +53,18 @@ def _something_is_adapted(c: Config) -> Iterator[Conflict]:
 
 
 def _new_tokens_are_trained(c: Config) -> Iterator[Conflict]:
-    if c.tokens and c.adapter and not c.lora_modules_to_save:
+    trained = c.lora_modules_to_save or c.peft_trainable_token_indices or c.lora_model_dir
+    if c.tokens and c.adapter and not trained:
         yield (
             ("tokens", "lora_modules_to_save"),
             "tokens adds rows to the embeddings, which nobody would train or save; "
-            "add lora_modules_to_save: [embed_tokens, lm_head] (their names in Llama)",
+            "add lora_modules_to_save: [embed_tokens, lm_head] (their names in Llama), or "
+            "peft_trainable_token_indices: new",
+        )
+    if c.peft_trainable_token_indices == "new" and not c.tokens:
+        yield (
+            ("peft_trainable_token_indices", "tokens"),
+            "peft_trainable_token_indices: new means the rows of `tokens`; name them, or list the rows",
         )
 
 
@@ -90,11 +98,12 @@ def _the_best_is_evaluated(c: Config) -> Iterator[Conflict]:
     for key, asked in (
         ("save_strategy", c.save_strategy == "best"),
         ("load_best_model_at_end", c.load_best_model_at_end),
+        ("early_stopping_patience", c.early_stopping_patience),
     ):
         if asked and not evaluates:
             yield (
                 (key,),
-                f"{key}: the best is that with the lowest held-out loss; set val_set_size or test_datasets",
+                f"{key} goes by the held-out loss; set val_set_size or test_datasets, and evaluate",
             )
     if c.load_best_model_at_end and c.save_strategy == "no":
         both = ("load_best_model_at_end", "save_strategy")
@@ -293,4 +302,5 @@ RULES: tuple[Callable[[Config], Iterator[Conflict]], ...] = (
     _loggers_are_asked_for,
     _one_engine,
     _quantised_weights_can_be_divided,
+    *RULES_OF_TRAINING,
 )

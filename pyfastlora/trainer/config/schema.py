@@ -9,10 +9,11 @@ from pyfastlora.trainer.config.loggers import LoggerKeys
 from pyfastlora.trainer.config.model import ModelKeys
 from pyfastlora.trainer.config.optimisation import OptimisationKeys
 from pyfastlora.trainer.config.run import RunKeys
+from pyfastlora.trainer.config.schedule import ScheduleKeys
 
 
 class Config(
-    LoggerKeys, RunKeys, EngineKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
+    LoggerKeys, RunKeys, EngineKeys, ScheduleKeys, OptimisationKeys, DataKeys, AdapterKeys, ModelKeys
 ):  # pydantic lists the last one first
     """A whole configuration file."""
 

@@ -24,9 +24,14 @@ class Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def one_of(value: str, allowed: tuple[str, ...], gone: dict[str, str]) -> str:
+def one_of(
+    value: str, allowed: tuple[str, ...], gone: dict[str, str], refused: dict[str, str] | None = None
+) -> str:
+    """`value` if it is allowed. gone: what took a name's place; refused: why a name cannot be had."""
     if value in gone:
         raise ValueError(f"{reprlib.repr(value)} no longer exists; {gone[value]} takes its place")
+    if refused and value in refused:
+        raise ValueError(f"{value} {refused[value]}")
     if value not in allowed:
         raise ValueError(f"must be one of {', '.join(allowed)}; got {reprlib.repr(value)}")
     return value

@@ -96,7 +96,11 @@ def _section_of(key: str) -> str:
 _UNIONS = {
     "bf16": "true, false, auto or full",
     "tf32": "true, false or auto",
-    "adapter": "lora, qlora or nothing",
+    "torch_compile": "true, false or auto",
+    "optim_args": "a mapping, or text like name=value, name=value",
+    "peft_layers_to_transform": "the number of a layer or a list of them",
+    "peft_trainable_token_indices": "new, a list of tokens, or a mapping of a module's name to such a list",
+    "adapter": "lora, qlora, relora or nothing",
     "sample_packing": "true, false or auto",
     "lora_target_modules": "a list of module names, or one regular expression",
     "data_files": "a file name or a list of them",

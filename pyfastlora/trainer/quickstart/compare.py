@@ -17,6 +17,7 @@ import torch
 
 import pyfastlora
 from pyfastlora.trainer import model as models
+from pyfastlora.trainer.adapter import add_adapter
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.console import Console
 from pyfastlora.trainer.data.collator import PaddingCollator
@@ -77,7 +78,7 @@ class _Side:
     def __init__(self, config: Config, precision: Precision, device: torch.device, tokenizer: Any) -> None:
         torch.manual_seed(config.seed)  # the same A on both sides
         base = models.load_base(config, precision, device)
-        self.model = models.add_adapter(base, config, precision, tokenizer).train()
+        self.model = add_adapter(base, config, precision, tokenizer).train()
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._precision = precision

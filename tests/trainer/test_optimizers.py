@@ -1,0 +1,131 @@
+"""Every optimizer that is offered trains; parameters with rates of their own are in the right groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS, TORCH_OPTIMIZERS, TORCHAO_OPTIMIZERS
+from pyfastlora.trainer.errors import ConfigError
+from pyfastlora.trainer.optimizers import groups_of, with_arguments
+
+from .test_config import GOOD
+from .test_resume import invoke, run
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+        )
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"])
+    return get_peft_model(base, lora)
+
+
+def rates(model, groups) -> dict[str, tuple[float, float]]:
+    """(learning rate, decay) of each trained parameter; each is in one group."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = [(names[id(p)], (g["lr"], g["weight_decay"])) for g in groups for p in g["params"]]
+    assert len(found) == len(dict(found)) == sum(p.requires_grad for p in model.parameters())
+    return dict(found)
+
+
+def test_lora_plus_is_pefts(load, model):
+    text = GOOD + "loraplus_lr_ratio: 8\nloraplus_lr_embedding: 3e-6\nweight_decay: 0.1\n"
+    config = load(text).config
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=config.learning_rate, loraplus_lr_ratio=8, loraplus_lr_embedding=3e-6,
+        loraplus_weight_decay=0.1,
+    )  # fmt: skip
+    decayed = [n for n, _ in model.named_parameters() if not n.endswith("bias")]
+    ours = rates(model, groups_of(model, config, decayed))
+    assert ours == rates(model, theirs.param_groups)
+    assert {rate for rate, _ in ours.values()} == {config.learning_rate, config.learning_rate * 8, 3e-6}
+
+
+def test_groups_by_name_and_the_embeddings(load, model):
+    text = (
+        "lr_groups:\n  - {name: first, modules: [layers.0, layers.9], lr: 5e-3}\n"
+        "  - {name: q, modules: [q_proj], lr: 7e-3}\nembedding_lr_scale: 0.5\n"
+    )
+    config = load(GOOD + text).config
+    found = rates(model, groups_of(model, config, ()))
+    for name, (rate, _) in found.items():
+        wanted = 5e-3 if "layers.0." in name else 7e-3 if "layers.1." in name else config.learning_rate
+        assert rate == (config.learning_rate * 0.5 if "lm_head" in name else wanted), name
+    nowhere = load(GOOD + "lr_groups:\n  - {name: none, modules: [k_proj], lr: 5e-3}\n").config
+    with pytest.raises(ConfigError, match="no trained parameter is in the modules of none"):
+        groups_of(model, nowhere, ())
+
+
+def test_embeddings_that_nobody_trains(load):
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+        )
+    )
+    plain = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="neither embeddings nor head are trained"):
+        groups_of(plain, load(GOOD + "embedding_lr: 1e-5\n").config, ())
+
+
+@pytest.mark.parametrize("optimizer", TORCH_OPTIMIZERS + TORCHAO_OPTIMIZERS + BNB_OPTIMIZERS)
+def test_every_optimizer_learns(load, model, tmp_path, optimizer):
+    if optimizer in TORCHAO_OPTIMIZERS:
+        pytest.importorskip("torchao", reason="not among the test tools: torchao warns on import on a CPU")
+    config = load(GOOD.replace("1e-4", "3e-3") + f"optimizer: {optimizer}\nloraplus_lr_ratio: 4\n").config
+    args = TrainingArguments(
+        output_dir=tmp_path, optim=optimizer, learning_rate=config.learning_rate, use_cpu=True
+    )
+    kind, arguments = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    stepper = kind(groups_of(model, config, ()), **with_arguments(kind, arguments, config))
+    tokens, losses = torch.arange(24).reshape(2, 12), []
+    for _ in range(6):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_arguments_reach_the_optimizer(write_jsonl, alpaca_rows, config_file, tmp_path):
+    data = write_jsonl(alpaca_rows)
+    run(config_file(data, "optimizer: adafactor\n"))
+    plain = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    other = config_file(data, "optimizer: adafactor\noptim_args: {scale_parameter: true}\n")
+    run(other, "--output-dir", f"{tmp_path}/other")
+    scaled = load_file(tmp_path / "other" / "adapter_model.safetensors")
+    run(
+        config_file(data, "optimizer: adafactor\noptim_args: scale_parameter=true\n"),
+        *("--output-dir", f"{tmp_path}/text"),
+    )
+    unknown = invoke(config_file(data, "optim_args: {scale: 1}\n"), "--output-dir", f"{tmp_path}/unknown")
+    assert unknown.exit_code == 2 and "optim_args: adamw_torch_fused has no argument scale" in unknown.stderr
+    text = load_file(tmp_path / "text" / "adapter_model.safetensors")
+    assert all(t.equal(text[name]) for name, t in scaled.items())
+    assert any(not t.equal(plain[name]) for name, t in scaled.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("optimizer: adamw_hf\n", "optimizer: 'adamw_hf' no longer exists; adamw_torch takes its place"),
+        ("optimizer: adamw_anyprecision\n", "torchdistx is no longer maintained"),
+        ("optimizer: galore_adamw\n", "those of an adapter are"),
+        ("optimizer: adamw_torch_xla\n", "is for TPUs"),
+        ("optim_args: [1]\n", "optim_args must be a mapping, or text like name=value, name=value; got"),
+        ("embedding_lr: 1e-5\nembedding_lr_scale: 2\n", "say the same in two ways"),
+        ("loraplus_lr_embedding: 1e-5\n", "loraplus_lr_embedding goes with loraplus_lr_ratio"),
+    ],
+)
+def test_keys_that_do_not_fit(mistakes, text, sentence):
+    assert sentence in "\n".join(mistakes(GOOD + text))
