@@ -60,6 +60,7 @@ class Verbs(click.Group):
 
 @click.command(cls=Verbs, subcommand_metavar="VERB ...")
 @click.version_option(__version__, prog_name="fastlora")
+@click.option("--local_rank", "--local-rank", hidden=True, expose_value=False, type=int)  # deepspeed adds it
 def main() -> None:
     """Fused LoRA, QLoRA and DoRA training for Hugging Face PEFT models.
 

@@ -1,7 +1,8 @@
 """The processes of a run: which one this is, and what they agree on.
 
 Whoever starts several says so in the environment. torchrun, accelerate, deepspeed and `fastlora train` itself
-set RANK, LOCAL_RANK and WORLD_SIZE; srun has names of its own, which `join` translates.
+set RANK, LOCAL_RANK and WORLD_SIZE; srun and mpirun, by which accelerate starts processes on CPUs, have names
+of their own, which `join` translates.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from pyfastlora.trainer.errors import UserError
 #: Set by our launcher, to a folder for last words. It sends SIGINT for stop; SIGTERM, to the others of a
 #: process that has died.
 LAUNCHED = "FASTLORA_LAUNCHED"
-_SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
+_OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,25 @@ def join() -> Processes:
     """The place of this process. Raises UserError where the environment says only half of it."""
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
     if "RANK" not in os.environ and tasks > 1:
-        os.environ |= {ours: os.environ[theirs] for ours, theirs in _SLURM.items()}
+        os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_OURS, _SLURM, strict=True)}
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
         # two jobs of one machine should not meet
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = [name for name in names if name in os.environ]
+    for theirs in _MPI:
+        if "RANK" not in os.environ and all(name in os.environ for name in theirs):
+            os.environ |= {ours: os.environ[name] for ours, name in zip(_OURS, theirs, strict=True)}
+            os.environ.setdefault("MASTER_ADDR", "localhost")  # accelerate sets it for several machines
+            os.environ.setdefault("MASTER_PORT", "29500")
+    given = [name for name in _OURS if name in os.environ]
     if not given:
         return Processes()
-    if len(given) < len(names):
-        missing = ", ".join(sorted(set(names) - set(given)))
+    if len(given) < len(_OURS):
+        missing = ", ".join(sorted(set(_OURS) - set(given)))
         raise UserError(
             f"{', '.join(given)} of a group of processes is set, {missing} is not; "
             "start with torchrun or --nproc, or unset it"
         )
-    return Processes(*(int(os.environ[name]) for name in names))
+    return Processes(*(int(os.environ[name]) for name in _OURS))
 
 
 def first_host(nodes: str) -> str:

@@ -121,3 +121,32 @@ def test_a_mistake_is_told_once(config, tmp_path):
         _, errors = process.communicate(timeout=SECONDS)
     assert process.returncode == 2
     assert errors.count("Error:") == 1 and "is not empty (it holds mine.txt)" in errors
+
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "-m"),
+    # accelerate's way of several processes on a CPU is mpirun; this is its way on GPUs, without them
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "-m"),
+    ),
+    "deepspeed": ("deepspeed.launcher.runner", "--num_gpus=2", "--module"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_joins_what_others_start(write_jsonl, alpaca_rows, config_file, tmp_path, launcher):
+    pytest.importorskip("deepspeed")
+    config = config_file(write_jsonl(alpaca_rows))
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "pyfastlora.cli.main", "train", str(config)]
+    port = {"MASTER_PORT": str(29600 + os.getpid() % 300)}
+    done = subprocess.run(
+        [*command, "--max-steps", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])} | port,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 steps, ") == 1  # one of them speaks
+    assert json.loads((tmp_path / "out" / "strategy.json").read_text())["processes"] == 2

@@ -55,6 +55,22 @@ def test_started_by_srun(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    ],
+)
+def test_started_by_mpirun(monkeypatch, names):
+    for name, value in zip(names, ("3", "1", "4"), strict=True):
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # monkeypatch takes away again what join sets
+    assert join() == Processes(3, 1, 4)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("gpu[07-09,12],login1", "gpu07"), ("a-1,a-2", "a-1"), ("node5", "node5"), ("n[1,3]", "n1")],
 )

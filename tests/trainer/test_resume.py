@@ -204,15 +204,16 @@ def test_a_run_killed_behind_its_last_step_takes_no_other(config, tmp_path):
 
 
 def test_the_best_is_kept_and_becomes_the_result(config, tmp_path):
-    """Steps so long that the held-out loss goes up again."""
+    """Steps that become so long that the held-out loss goes up again, on any processor."""
     settings = [
-        "learning_rate=1",
+        "log_sweep_max_lr=3",
         "save_strategy=steps",
         "save_steps=1",
         "save_total_limit=1",
         "eval_steps=1",
     ]
-    given = [part for key in (*settings, "load_best_model_at_end=true") for part in ("--set", key)]
+    sweep = ("lr_scheduler=log_sweep", "log_sweep_min_lr=1e-3")
+    given = [part for key in (*settings, *sweep, "load_best_model_at_end=true") for part in ("--set", key)]
     output = run(config, *given)
     found = {line["step"]: line["eval_loss"] for line in curve(tmp_path / "out") if line["event"] == "eval"}
     best = min(found, key=found.__getitem__)
@@ -225,7 +226,7 @@ def test_the_best_is_kept_and_becomes_the_result(config, tmp_path):
     run(
         config,
         *given[:6],
-        *given[8:10],
+        *given[8:14],
         "--save-strategy",
         "best",
         "--output-dir",
