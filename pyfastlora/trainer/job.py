@@ -202,7 +202,7 @@ def _run(
         if patience is not None and trainer.state.global_step < trainer.state.max_steps:
             at = trainer.state.global_step
             console.say(f"stopped after step {at}: no lower held-out loss in {patience} evaluations")
-        if data.held_out is not None and trainer.evaluated_at != trainer.state.global_step:
+        if data.held_out is not None and trainer.held_out_loss is None:
             trainer.evaluate()
     if config.pretraining_dataset:  # what was read is known now
         run_dir.write_json("data.json", data.report)
@@ -228,7 +228,7 @@ def _run(
     samples.ask(model, precision, "after")
     samples.save(run_dir, trainer.state.global_step)
     result = Result(
-        run_dir, trainer.state.global_step, progress.held_out_loss, progress.tokens_per_second, kernels
+        run_dir, trainer.state.global_step, trainer.held_out_loss, progress.tokens_per_second, kernels
     )
     end = {"step": result.steps, "seconds": round(time.perf_counter() - started, 2)}
     run_dir.log("end", end if best is None else end | {"weights_of": best.name})

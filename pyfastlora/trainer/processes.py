@@ -7,8 +7,11 @@ of their own, which `join` translates.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from dataclasses import dataclass
 
 from pyfastlora.trainer.errors import UserError
@@ -16,6 +19,7 @@ from pyfastlora.trainer.errors import UserError
 #: Set by our launcher, to a folder for last words. It sends SIGINT for stop; SIGTERM, to the others of a
 #: process that has died.
 LAUNCHED = "FASTLORA_LAUNCHED"
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 _MPI = (
@@ -47,6 +51,7 @@ class Processes:
 
 def join() -> Processes:
     """The place of this process. Raises UserError where the environment says only half of it."""
+    follow_launcher()
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
     if "RANK" not in os.environ and tasks > 1:
         os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_OURS, _SLURM, strict=True)}
@@ -68,6 +73,15 @@ def join() -> Processes:
             "start with torchrun or --nproc, or unset it"
         )
     return Processes(*(int(os.environ[name]) for name in _OURS))
+
+
+def follow_launcher() -> None:
+    """Ends this process as Ctrl-C does, with a checkpoint, where the one that started it is killed.
+
+    Else its processes would train on, and write where the next run does. Linux alone can tell.
+    """
+    if sys.platform == "linux" and LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
 
 
 def first_host(nodes: str) -> str:

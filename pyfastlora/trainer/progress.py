@@ -22,7 +22,6 @@ class Progress:
         self._total: int | None = None
         self._view: LiveView | None = None
         self._tokens = self._seconds = 0.0
-        self.held_out_loss: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -46,7 +45,6 @@ class Progress:
     def logged(self, event: str, values: dict[str, Any]) -> None:
         self._run_dir.log(event, values)
         if event == "eval":
-            self.held_out_loss = values["eval_loss"]
             self._console.say(f"step {values['step']}: held-out loss {values['eval_loss']:.4f}")
             return
         if event == "spike":

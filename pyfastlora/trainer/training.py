@@ -115,7 +115,6 @@ class FastloraTrainer(SavingTrainer):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recorder = Recorder(self.args.device)
-        self.evaluated_at = -1
         self.resumed_from: Path | None = None
 
     def run(self, checkpoint: Path | None) -> None:
@@ -129,6 +128,12 @@ class FastloraTrainer(SavingTrainer):
             elif self.config.init_of_base is not None:
                 self.earlier.begin(self.config.init_of_base)
         self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the model as it is now; None where it has not been evaluated since its last step."""
+        now = (e for e in self.state.log_history if e["step"] == self.state.global_step and "eval_loss" in e)
+        return next((entry["eval_loss"] for entry in now), None)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         trained: Any = self.model if model is None else model
@@ -185,7 +190,6 @@ class FastloraTrainer(SavingTrainer):
         loss, tokens = self.accelerator.reduce(totals, "sum").tolist()
         seconds = time.perf_counter() - start
         self.recorder.evaluated(self.state.global_step, seconds)
-        self.evaluated_at = self.state.global_step
         metrics = {
             f"{metric_key_prefix}_loss": loss / tokens,
             f"{metric_key_prefix}_tokens": int(tokens),
@@ -254,7 +258,7 @@ class _Steps(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.evaluated_at == state.global_step:
+        if self._trainer.held_out_loss is not None:
             control.should_evaluate = False
 
 

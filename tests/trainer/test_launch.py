@@ -114,6 +114,19 @@ def test_the_process_that_dies_is_named_and_the_others_end(config, tmp_path):
     assert "Traceback" not in errors and not any(p.is_running() for p in others)
 
 
+def test_nobody_trains_on_without_the_launcher(config, tmp_path):
+    """kill -9 of it alone: the processes save and end, and the folder is free for a run that goes on."""
+    out = tmp_path / "out"
+    with started(config, "--max-steps", "5000", "--save-strategy", "steps", "--save-steps", "2") as process:
+        wait(process, lambda: bool(checkpoints(out)))
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
+        process.kill()
+        gone, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(gone) == 2 and not alive
+    assert step_of(checkpoints(out)[-1]) < 5000 and not list(out.glob(".*"))
+
+
 def test_a_mistake_is_told_once(config, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("")
