@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 
 import click
 
@@ -68,6 +69,8 @@ def main() -> None:
       fastlora quickstart
       fastlora train config.yaml
     """
+    # it warns on import of kernels that it could download, for products that ours take over
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -316,14 +316,16 @@ def _backend_requests_checked() -> Iterator[None]:
 @contextmanager
 def libraries_quiet() -> Iterator[None]:
     """Keeps bars and warnings of transformers and datasets out of the output; errors still come through."""
+    bnb_log = logging.getLogger("bitsandbytes")
+    bnb_level = bnb_log.level
+    bnb_log.setLevel(logging.ERROR)  # before what imports it, which warns of kernels that it could download
     import datasets
     import transformers
 
-    log, bnb_log = transformers.utils.logging, logging.getLogger("bitsandbytes")
-    verbosity, bnb_level, bars = log.get_verbosity(), bnb_log.level, log.is_progress_bar_enabled()
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     no_datasets_bars = datasets.are_progress_bars_disabled()
     log.set_verbosity_error()
-    bnb_log.setLevel(logging.ERROR)
     log.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

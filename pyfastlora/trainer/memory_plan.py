@@ -16,6 +16,7 @@ from pyfastlora.trainer.changes import Change, combined, join
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.optimizer_memory import state_bytes, step_bytes
 from pyfastlora.trainer.rehearsal import GRADIENTS, Batch, Peak, Rehearsal, bytes_of, packed_bytes
+from pyfastlora.trainer.strategy import bucket_of
 from pyfastlora.trainer.units import GiB, in_words
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ DEQUANTISED, ENGINE, STEP = "dequantised weights", "engine's buffers", "optimize
 LIBRARIES = {"cpu": 0.6 * GiB, "cuda": 0.8 * GiB}
 #: The allocator's gaps, as a share of what tensors take.
 GAPS = {"cpu": 0.05, "cuda": 0.05}
-#: Values of the buffer that DeepSpeed collects gradients in (its reduce_bucket_size), however few there are.
-BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ def assemble(
         TRAINED: share(bytes_of(trained), shares.weights),
         OPTIMIZER: share(state_bytes(config.optimizer, trained), shares.optimizer),
         DEQUANTISED: _dequantised(config, model, machine),
-        ENGINE: _buffers(strategy, processes, machine, model),
+        ENGINE: _buffers(config, strategy, processes, machine, model),
     }
     host = {name: lasting.pop(name) for name in list(lasting) if name in shares.offloads}
     moments = {name: _shared(peak.kinds, gradients) for name, peak in peaks.items()}
@@ -294,12 +293,12 @@ def _dequantised(config: Config, model: Rehearsal, machine: Machine) -> int:
     return largest + sum(copies.get(id(w), 0) for w in model.largest_block)
 
 
-def _buffers(strategy: str, processes: int, machine: Machine, model: Rehearsal) -> int:
+def _buffers(config: Config, strategy: str, processes: int, machine: Machine, model: Rehearsal) -> int:
     """Gradients in flight, and the layers that are whole at the moment: one in use, one on its way."""
     whole_layers = 2 * bytes_of(model.largest_block)
     if strategy.startswith("zero"):
         two = machine.device == "cuda" and not strategy.startswith("zero3")  # one fills as one is sent
-        buckets = BUCKET * model.trained[0].element_size() * (1 + two)
+        buckets = bucket_of(config) * model.trained[0].element_size() * (1 + two)
         return buckets + (whole_layers if strategy.startswith("zero3") else 0)
     if processes == 1:
         return 0

@@ -29,12 +29,13 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--l
 p, small, figcaption small, th { color: var(--soft); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; }
 dt { color: var(--soft); font-size: .85rem; } dd { margin: 0; font-size: 1.2rem; overflow-wrap: anywhere; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .9rem .2rem 0; font-weight: normal;
   border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 th { white-space: nowrap; }
 pre { overflow-x: auto; font-size: .82rem; line-height: 1.4; white-space: pre; }
-.answer { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
+.answer { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
+  max-height: 16rem; overflow-y: auto; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem 2rem; }
 figure { margin: 0; } svg { width: 100%; height: auto; }
 svg text { font-size: 13px; fill: var(--soft); } .y { text-anchor: end; dominant-baseline: middle; }
@@ -158,7 +159,7 @@ def _samples(facts: Facts) -> str:
 def _answer(text: Any) -> str:
     if text is None:
         return "<small>not asked</small>"
-    return f'<span class="answer">{escape(str(text))}</span>' if text else "<small>nothing</small>"
+    return f'<div class="answer">{escape(str(text))}</div>' if text else "<small>nothing</small>"
 
 
 def _events(facts: Facts) -> str:
