@@ -6,6 +6,7 @@ environment is set for the time of a run.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -37,10 +38,17 @@ _NOTHING_ELSE = {
 
 
 def check_loggers(config: Config) -> None:
-    """Raises UserError where the package of a logger is not installed."""
+    """Raises UserError where the package of a logger is not installed, or does not load."""
     for name in config.loggers:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"use_{name}: {name} is not installed: pip install {name}")
+        try:
+            with told(config):  # what is read on import holds
+                importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"use_{name}: {name} is installed and does not load: {error}; pip install --upgrade {name}"
+            ) from error
 
 
 def arguments(config: Config) -> dict[str, Any]:

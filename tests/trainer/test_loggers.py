@@ -233,3 +233,14 @@ def test_what_asks_for_nothing(load, off):
     keys = ("wandb_project", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_mode", "use_wandb")
     some = keys if off == "" else ("wandb_watch", "wandb_log_model", "wandb_mode")
     assert not load(GOOD + "".join(f"{key}: {off}\n" for key in some)).config.loggers
+
+
+def test_a_package_that_does_not_load_is_told_before_anything_is(config, tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "trackio"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it wants another protobuf')\n")
+    monkeypatch.syspath_prepend(package.parent)
+    result = CliRunner().invoke(train, [str(config), "--set", "use_trackio=true"])
+    assert result.exit_code == 1 and not (tmp_path / "out").exists()
+    sentence = "use_trackio: trackio is installed and does not load: it wants another protobuf; pip install"
+    assert sentence in result.stderr
