@@ -16,13 +16,16 @@ from pyfastlora.patching.conditions import l1_exact_type
 from pyfastlora.patching.groups import Siblings, forget, watch
 from pyfastlora.patching.layers import STATE, FastLoraLinear, FusedForward, LayerState
 from pyfastlora.patching.layers_embedding import FastLoraEmbedding
+from pyfastlora.patching.loss import FusedLoss, attach_loss, loss_line
 from pyfastlora.patching.mlp import FusedMLP, MLPState, attach
 from pyfastlora.patching.read import standing_reason
 from pyfastlora.patching.report import PatchReport, Row
 from pyfastlora.patching.verify import probe, probe_dtype, probe_mlp, run_once
 
 
-def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, *, backend: str = "auto", verify: bool = False, loss: bool = False
+) -> PatchReport:
     """Let the LoRA layers of a PEFT model, and whole feed-forward blocks, run fused where that gives PEFT's
     result, in place.
 
@@ -31,6 +34,8 @@ def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> P
     verify: run a small random batch, forward and backward, through every fused layer and through its PEFT
     forward; a layer that differs by more than `pyfastlora.patching.verify.BOUNDS` allows is left on PEFT.
     Then the same with every feed-forward block; one that differs is left to run its linears one by one.
+    loss: also let causal models of transformers compute their loss in chunks of tokens, without whole logits
+    (fused/cross_entropy.py); the report's `loss` says which do, and why one does not.
 
     Every module keeps its parameters, its state_dict keys and its class as a base class. Calls that a
     condition rules out (docs/fallbacks.md) run PEFT's forward. On bitsandbytes' 4-bit layers, adapted or
@@ -54,6 +59,8 @@ def patch(model: nn.Module, *, backend: str = "auto", verify: bool = False) -> P
             _become(layer, _fast_class(layer))
     for module in model.modules():
         attach(module)
+    if loss:
+        _attach_losses(model)
     if verify:
         _verify(model)
     _introduce(model)
@@ -68,7 +75,7 @@ def unpatch(model: nn.Module) -> None:
     _check_model("unpatch", model)
     patched: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if STATE in m.__dict__]
     for name, module in patched:
-        made = {FusedForward: "peft_class", FusedMLP: "original"}
+        made = {FusedForward: "peft_class", FusedMLP: "original", FusedLoss: "original"}
         if any(isinstance(module, of) and own not in type(module).__dict__ for of, own in made.items()):
             raise RuntimeError(
                 f"unpatch: {name} became a {type(module).__name__} after it was patched; undo that first "
@@ -77,7 +84,7 @@ def unpatch(model: nn.Module) -> None:
     for _, module in patched:
         if isinstance(module, FusedForward):
             _become(module, module.peft_class)
-        elif isinstance(module, FusedMLP):
+        elif isinstance(module, FusedMLP | FusedLoss):
             _become(module, module.original)
         del module.__dict__[STATE]
     for module in model.modules():
@@ -98,7 +105,13 @@ def report(model: nn.Module) -> PatchReport:
         if isinstance(module.__dict__.get(STATE), MLPState)
         for child in module.children()
     }
-    return PatchReport([_row(name, layer, blocks.get(layer)) for name, layer in _lora_layers(model)])
+    rows = [_row(name, layer, blocks.get(layer)) for name, layer in _lora_layers(model)]
+    return PatchReport(rows, [line for module in model.modules() if (line := loss_line(module))])
+
+
+def _attach_losses(model: nn.Module) -> None:
+    for module in model.modules():
+        attach_loss(module)
 
 
 def _check_model(function: str, model: object) -> None:

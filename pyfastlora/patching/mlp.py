@@ -164,7 +164,7 @@ def read_mlp(module: nn.Module, formula: GatedMLP | None, args: Any, kwargs: Any
         return f"{formula.act_child} is another activation than it was, or has a hook"
     inputs: list[Projection] = []
     for name, child in zip(formula.inputs, linears, strict=False):
-        found = _projection(child, x)
+        found = projection_of(child, x)
         if isinstance(found, str):
             return f"{name}: {found}"
         inputs.append(found)
@@ -173,13 +173,13 @@ def read_mlp(module: nn.Module, formula: GatedMLP | None, args: Any, kwargs: Any
     # Stands in for the product, which nobody has computed yet: its dtype, device and shape, without memory
     hidden = inputs[0].weight.shape[0] // (3 - len(inputs))
     product = x.new_empty(1, dtype=product_dtype(x, inputs, act)).expand(*x.shape[:-1], hidden)
-    down = _projection(linears[-1], product)
+    down = projection_of(linears[-1], product)
     if isinstance(down, str):
         return f"{formula.down}: {down}"
     return Fused(x, inputs, down, act, formula.gate_first, layers, layers[0].backend)
 
 
-def _projection(child: Any, x: Tensor) -> Projection | str:
+def projection_of(child: Any, x: Tensor) -> Projection | str:
     """What a linear stands for, or why it does not run inside a region."""
     reader = reader_of(child)
     if reader is None:

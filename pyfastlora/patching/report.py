@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,8 +29,10 @@ class Row:
 class PatchReport:
     """The rows of one model, in module order."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], loss: Sequence[str] = ()) -> None:
         self.rows = rows
+        #: a sentence for each model whose loss was asked for, `patch(model, loss=True)`
+        self.loss = list(loss)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -56,8 +58,9 @@ class PatchReport:
         return len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: the two counts and every row."""
-        return {"fused": self.fused, "total": self.total, "rows": [asdict(row) for row in self.rows]}
+        """JSON-ready: the two counts, every row, and the sentences on losses."""
+        rows = [asdict(row) for row in self.rows]
+        return {"fused": self.fused, "total": self.total, "rows": rows, "loss": self.loss}
 
     def summary(self) -> str:
         """The last line of the table."""
@@ -70,12 +73,12 @@ class PatchReport:
         """Text: a line per module, or (not `full`) per set of modules that differ in a layer number only."""
         lines = [_cells(rows) for rows in _groups(self.rows, full)]
         if not lines:
-            return self.summary()
+            return "\n".join([self.summary(), *self.loss])
         shown = [column for column in range(len(_HEAD)) if any(line[column] for line in lines)]
         table = [[line[column] for column in shown] for line in (_HEAD, *lines)]
         widths = [max(len(line[column]) for line in table) for column in range(len(shown))]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-        return "\n".join([text[0], "-" * len(text[0]), *text[1:], self.summary()])
+        return "\n".join([text[0], "-" * len(text[0]), *text[1:], self.summary(), *self.loss])
 
     def __str__(self) -> str:
         return self.table()
