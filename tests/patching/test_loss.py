@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from typing import Any
 
@@ -184,3 +186,33 @@ def test_dropout_on_the_head_has_pefts_mask():
         found.append(grads(each))
     torch.testing.assert_close(found[1]["loss"], found[0]["loss"])
     assert "dropout on the head" in pyfastlora.report(fused).loss[0]
+
+
+# A step of 8192 tokens over 128k words; the whole logits are 2 GiB in bfloat16, 4 in float32.
+STEP = """
+import resource, sys, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+import pyfastlora
+
+sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+config = LlamaConfig(vocab_size=128256, max_position_embeddings=8192, **sizes)
+model = get_peft_model(LlamaForCausalLM(config).bfloat16(), LoraConfig(target_modules=["q_proj"]))
+pyfastlora.patch(model, loss=sys.argv[1] == "ours")
+ids = torch.arange(8192).reshape(1, -1)
+model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()  # whatever is loaded and compiled first
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (2 << 30),) * 2)
+model(input_ids=ids, labels=ids).loss.backward()
+print("passed")
+"""
+
+
+@pytest.mark.cpu_only("the limit is one of addresses")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_vocabulary_too_large_for_whole_logits():
+    found = {}
+    for loss in ("theirs", "ours"):
+        done = subprocess.run([sys.executable, "-c", STEP, loss], capture_output=True, text=True)
+        found[loss] = done.stdout.strip() or done.stderr
+    assert "can't allocate memory" in found["theirs"] and found["ours"] == "passed", found
