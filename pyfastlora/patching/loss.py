@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from pyfastlora.fused.cross_entropy import LossOptions, linear_cross_entropy
-from pyfastlora.fused.projection import Projection
+from pyfastlora.fused.projection import Projection, output_dtype
 from pyfastlora.patching.layers import STATE
 from pyfastlora.patching.mlp import projection_of
 from pyfastlora.weights.dense import DTYPES, DenseWeight
@@ -93,7 +93,9 @@ def _class_of(original: type[PreTrainedModel]) -> type[FusedLoss]:
 
         @functools.wraps(original.forward)  # Trainer reads the names of its arguments
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("labels") is None or torch.compiler.is_compiling():
+            # a replica's outputs are gathered by DataParallel, which knows tensors only
+            replica = "_is_replica" in self.__dict__
+            if kwargs.get("labels") is None or replica or torch.compiler.is_compiling():
                 return original.forward(self, *args, **kwargs)
             state: LossState = self.__dict__[STATE]
             head = self.__dict__["_modules"][state.head]
@@ -148,6 +150,7 @@ class Logits:
     projection: Projection
     options: LossOptions = _PLAIN
     bounded: bool = False  # by tanh, whose factor is the cap
+    cast: torch.dtype | None = None
 
     @functools.cached_property
     def whole(self) -> Tensor:
@@ -156,9 +159,20 @@ class Logits:
         if self.options.scale != 1:
             logits = logits * self.options.scale
         cap = self.options.softcap
-        if cap is None:
-            return torch.tanh(logits) if self.bounded else logits
-        return cap * torch.tanh(logits / cap)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        elif self.bounded:
+            logits = torch.tanh(logits)
+        return logits if self.cast is None else logits.to(self.cast)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits; accelerate asks for it after every forward under autocast."""
+        return self.cast or output_dtype(self.hidden, self.projection)
+
+    def float(self) -> Logits:
+        """In float32, in which the loss is computed anyway."""
+        return replace(self, cast=torch.float32)
 
     def __mul__(self, factor: Any) -> Any:
         if not isinstance(factor, int | float) or self.options.softcap is not None:

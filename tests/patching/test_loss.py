@@ -17,7 +17,7 @@ import pytest
 import torch
 from accuracy import DEVICE, error
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import pyfastlora
 from pyfastlora.fused import cross_entropy
@@ -117,6 +117,28 @@ def test_logits_are_made_when_they_are_asked_for():
     torch.testing.assert_close(torch.softmax(output.logits, -1), torch.softmax(wanted, -1))
     torch.testing.assert_close(output.logits * 2, wanted * 2)
     torch.testing.assert_close(output.logits[:, -1], wanted[:, -1])
+
+
+def test_trainer_under_autocast_makes_no_logits(monkeypatch, tmp_path):
+    """accelerate casts outputs to float32, which is no reason to make some."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model = model_of("gemma2")
+    pyfastlora.patch(model, loss=True)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        whole = model(**batch()).logits.whole
+    monkeypatch.setattr(Logits, "whole", property(lambda _: pytest.fail("logits were made")))
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        output = convert_outputs_to_fp32(model)(**batch())
+    assert isinstance(output.logits, Logits) and output.logits.dtype == torch.float32
+    args = TrainingArguments(tmp_path, max_steps=2, bf16=True, use_cpu=DEVICE.type == "cpu", report_to="none")
+    ids, labels = batch().values()
+    rows = [{"input_ids": ids[i], "labels": labels[i]} for i in range(len(ids))]
+    Trainer(model, args, train_dataset=rows).train()
+    assert "in chunks" in pyfastlora.report(model).loss[0]
+    assert "whole logits" not in pyfastlora.report(model).loss[0]
+    monkeypatch.undo()
+    assert whole.dtype == torch.bfloat16
 
 
 def test_generation_and_calls_without_labels_are_as_they_were():
