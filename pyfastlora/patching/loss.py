@@ -37,6 +37,10 @@ class LossState:
     calls_fallback: int = 0
     last_reason: str = ""
 
+    @property
+    def calls(self) -> int:
+        return self.calls_fused + self.calls_fallback
+
 
 def attach_loss(module: nn.Module) -> None:
     """Let a model of transformers with a head compute its loss in chunks, or note why not."""
@@ -98,12 +102,15 @@ def _class_of(original: type[PreTrainedModel]) -> type[FusedLoss]:
             if kwargs.get("labels") is None or replica or torch.compiler.is_compiling():
                 return original.forward(self, *args, **kwargs)
             state: LossState = self.__dict__[STATE]
-            head = self.__dict__["_modules"][state.head]
+            head, calls = self.__dict__["_modules"][state.head], state.calls
             self.__dict__["_modules"][state.head] = _StandIn(head, state)
             try:
-                return original.forward(self, *args, **kwargs)
+                output = original.forward(self, *args, **kwargs)
             finally:
                 self.__dict__["_modules"][state.head] = head
+            if state.calls == calls:
+                _count(state, "its forward computes the loss by itself")
+            return output
 
         # the name goes into config.json
         members = {"original": original, "forward": forward, "__module__": __name__}

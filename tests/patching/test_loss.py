@@ -17,7 +17,13 @@ import pytest
 import torch
 from accuracy import DEVICE, error
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import pyfastlora
 from pyfastlora.fused import cross_entropy
@@ -194,6 +200,17 @@ def test_reasons(change, reason):
         model(**given)
     assert "whole logits, 1 calls: " in pyfastlora.report(model).loss[0]
     assert reason in pyfastlora.report(model).loss[0]
+
+
+def test_a_model_that_computes_its_loss_by_itself():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4, "vocab_size": 128}
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes))
+    model = get_peft_model(base, LoraConfig(target_modules=["q"])).to(DEVICE).eval()
+    wanted = model(**batch()).loss
+    pyfastlora.patch(model, loss=True)
+    assert model(**batch()).loss.equal(wanted)
+    assert "its forward computes the loss by itself" in pyfastlora.report(model).loss[0]
 
 
 def test_dropout_on_the_head_has_pefts_mask():
