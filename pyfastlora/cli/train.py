@@ -68,7 +68,7 @@ def train(
         loaded = load_config(config, overrides)
         from pyfastlora.trainer.launch import Layout, failures_told, launch, wanted_processes
 
-        count = wanted_processes(loaded.config, nproc, nnodes)
+        count = wanted_processes(loaded.config, nproc, nnodes, max_restarts)
         if count:
             resume = resume or ("auto" if max_restarts else None)
             arguments = ["train", config, *(part for o in overrides for part in ("--set", o))]

@@ -28,6 +28,7 @@ from pyfastlora.trainer.units import in_words
 _ONE_STEP = {
     **{"max_steps": 1, "logging_steps": 1, "report_samples": 0},
     **{"save_strategy": "no", "save_steps": None, "saves_per_epoch": None},
+    **dict.fromkeys(("use_tensorboard", "use_wandb", "use_mlflow", "use_trackio"), False),
     **{"eval_strategy": "no", "eval_steps": None, "evals_per_epoch": None, "eval_on_start": False},
 }
 

@@ -17,15 +17,15 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyfastlora.trainer.config import Config
-from pyfastlora.trainer.errors import StoppedError, UserError
+from pyfastlora.trainer.errors import ConfigError, StoppedError, UserError
 from pyfastlora.trainer.hints import add_hint
-from pyfastlora.trainer.processes import LAUNCHED
+from pyfastlora.trainer.processes import LAUNCHED, started_by_others
 from pyfastlora.trainer.strategy import needs_process_group
 
 _START = "from pyfastlora.cli.main import main; main()"
@@ -42,15 +42,23 @@ class Layout:
     max_restarts: int = 0
 
 
-def wanted_processes(config: Config, nproc: int | None, nnodes: int) -> int:
-    """How many processes to start here; 0: this is one that somebody started, or one is enough."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+def wanted_processes(config: Config, nproc: int | None, nnodes: int, max_restarts: int = 0) -> int:
+    """How many processes to start here; 0: this is one that somebody started, or one is enough.
+
+    Raises ConfigError for --nproc or --nnodes to a process that was started as one of several.
+    """
+    if started_by_others():
+        if nproc is not None or nnodes > 1:
+            raise ConfigError(
+                "--nproc and --nnodes start processes, and this one was started as one of several (torchrun, "
+                "accelerate, deepspeed, srun, mpirun); leave them out"
+            )
         return 0
     if nproc is None:
         import torch
 
         nproc = max(1, torch.cuda.device_count())
-    return nproc if nproc * nnodes > 1 or needs_process_group(config) else 0
+    return nproc if nproc * nnodes > 1 or max_restarts or needs_process_group(config) else 0
 
 
 def launch(arguments: Sequence[str], layout: Layout) -> None:
@@ -59,7 +67,11 @@ def launch(arguments: Sequence[str], layout: Layout) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if layout.nnodes > 1 and layout.endpoint is None:
-        raise UserError("--nnodes needs --rdzv-endpoint HOST:PORT, the same on every machine")
+        raise ConfigError("--nnodes needs --rdzv-endpoint HOST:PORT, the same on every machine")
+    if layout.node_rank >= layout.nnodes:
+        raise ConfigError(
+            f"--node-rank counts from 0, must be less than --nnodes ({layout.nnodes}); got {layout.node_rank}"
+        )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.nproc)))
     # a store for each attempt: in a shared one the second finds addresses of the first, and waits for them
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -152,7 +164,8 @@ def _forwarding() -> Iterator[None]:
     def forward(number: int, frame: Any) -> None:
         sent = number if number == signal.SIGUSR1 else signal.SIGINT
         for child in psutil.Process().children():
-            child.send_signal(sent)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(sent)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, forward) for number in numbers}

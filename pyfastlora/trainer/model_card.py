@@ -57,11 +57,12 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     kind += [adapter] if adapter and adapter != "lora" else []
     kind += ["dora"] if config.get("peft_use_dora") else []
     relation = f"base_model:{'adapter' if adapter else 'finetune'}:{base}"
+    local = Path(base).expanduser().exists()  # the hub knows no folders of this machine
     return {
-        "base_model": base,
+        **({} if local else {"base_model": base}),
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [relation, *kind, "pyfastlora"],
+        "tags": [*([] if local else [relation]), *kind, "pyfastlora"],
     }
 
 

@@ -38,26 +38,47 @@ def apply_overrides(config: Any, overrides: dict[str, Any]) -> Any:
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{KEY}.{name}: {type(config).__name__} has no such value{hint}")
         held = getattr(config, at)
+        if at == "rope_parameters" and isinstance(value, dict):
+            value = _rope(config, value)
         if isinstance(held, dict) and isinstance(value, dict):
-            value = held | value
-            if "type" in value and at == "rope_parameters":
-                value["rope_type"] = value.pop("type")
+            value = held | {k: held[k] | v if _are_dicts(held.get(k), v) else v for k, v in value.items()}
         setattr(config, at, value)
     if {"rope_scaling", "rope_parameters"} & overrides.keys():
         _check_rope(config)
     return config
 
 
+def _are_dicts(*values: Any) -> bool:
+    return all(isinstance(value, dict) for value in values)
+
+
+def _rope(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """RoPE parameters with today's name of their type. Raises ConfigError where a model has several sets."""
+    kinds = config.nested_rope_parameter_keys(config.rope_parameters or {})
+    if kinds and not set(given) <= set(kinds):
+        raise ConfigError(
+            f"{KEY}.rope_scaling: {type(config).__name__} has RoPE parameters for each kind of layer; say "
+            f"which: {{rope_parameters: {{{next(iter(kinds))}: {{..}}}}}}, of {', '.join(kinds)}"
+        )
+    sets = given.values() if kinds else [given]
+    for each in sets:
+        if "type" in each:
+            each["rope_type"] = each.pop("type")
+    return given
+
+
 def _check_rope(config: Any) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    kind = config.rope_parameters.get("rope_type", "default")
-    kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
-    if kind not in kinds:
-        raise ConfigError(f"{KEY}.rope_scaling: type must be one of {', '.join(kinds)}; got {kind}")
-    factor = config.rope_parameters.get("factor", 1.0)
-    if not isinstance(factor, (int, float)) or factor < 1:
-        raise ConfigError(f"{KEY}.rope_scaling: factor must be a number of at least 1; got {factor}")
+    nested = config.nested_rope_parameter_keys(config.rope_parameters)
+    for each in [config.rope_parameters[key] for key in nested] or [config.rope_parameters]:
+        kind = each.get("rope_type", "default")
+        kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
+        if kind not in kinds:
+            raise ConfigError(f"{KEY}.rope_scaling: type must be one of {', '.join(kinds)}; got {kind}")
+        factor = each.get("factor", 1.0)
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ConfigError(f"{KEY}.rope_scaling: factor must be a number of at least 1; got {factor}")
     try:
         config.standardize_rope_params()
         config.validate_rope()

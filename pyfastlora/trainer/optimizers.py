@@ -18,6 +18,8 @@ from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import ConfigError
 
 Groups = list[dict[str, Any]]
+#: Arguments of every optimizer that have a key of their own.
+_KEYS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
 def with_arguments(kind: type, arguments: dict[str, Any], c: Config) -> dict[str, Any]:
@@ -31,8 +33,10 @@ def with_arguments(kind: type, arguments: dict[str, Any], c: Config) -> dict[str
         given = {name.strip(): yaml.safe_load(value) for name, value in pairs}
     known = inspect.signature(kind).parameters
     for name in given:
-        if name not in known:
-            names = ", ".join(n for n in known if n not in ("self", "params"))
+        if name in _KEYS:
+            raise ConfigError(f"optim_args: {name} is the key {_KEYS[name]}; say that")
+        if name not in known or name == "params":
+            names = ", ".join(n for n in known if n not in ("self", "params", *_KEYS))
             raise ConfigError(f"optim_args: {c.optimizer} has no argument {name}; it takes {names}")
     return arguments | given
 

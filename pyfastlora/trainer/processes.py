@@ -49,11 +49,20 @@ class Processes:
             dist.barrier()
 
 
+def started_by_others() -> bool:
+    """Whether torchrun, accelerate, deepspeed, srun or mpirun started this process as one of several."""
+    return "RANK" in os.environ or _tasks() > 1 or any(all(n in os.environ for n in names) for names in _MPI)
+
+
+def _tasks() -> int:
+    """Of srun's step, which may be a shell of one."""
+    return int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
+
+
 def join() -> Processes:
     """The place of this process. Raises UserError where the environment says only half of it."""
     follow_launcher()
-    tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
-    if "RANK" not in os.environ and tasks > 1:
+    if "RANK" not in os.environ and _tasks() > 1:
         os.environ |= {ours: os.environ[theirs] for ours, theirs in zip(_OURS, _SLURM, strict=True)}
         os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
         # two jobs of one machine should not meet

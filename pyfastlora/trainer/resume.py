@@ -30,7 +30,8 @@ _NO_MATTER = {
     *("save_steps", "saves_per_epoch", "save_total_limit", "resume_from_checkpoint"),
     "auto_resume_from_checkpoints",
     *("dataset_prepared_path", "datasets", "test_datasets", "base_model"),
-    *("lora_model_dir", "early_stopping_patience"),
+    *("lora_model_dir", "early_stopping_patience", "loss_watchdog_threshold", "loss_watchdog_patience"),
+    *("ddp_timeout", "ddp_bucket_cap_mb", "dataloader_num_workers", "trust_remote_code"),
 }
 #: Of a dataset, the keys that say how often or which of its rows are seen; its name stands for the others.
 _OF_DATASETS = {"weight", "shards", "shards_idx"}

@@ -139,10 +139,10 @@ class FastloraTrainer(SavingTrainer):
         trained: Any = self.model if model is None else model
         if self.optimizer is None:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer_cls_and_kwargs = kind, with_arguments(kind, arguments, self.config)
+            arguments = with_arguments(kind, arguments, self.config)
             if has_groups(self.config):
-                groups = groups_of(trained, self.config, self.get_decay_parameter_names(trained))
-                self.optimizer = kind(groups, **self.optimizer_cls_and_kwargs[1])
+                arguments["params"] = groups_of(trained, self.config, self.get_decay_parameter_names(trained))
+            self.optimizer_cls_and_kwargs = kind, arguments
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -268,6 +268,7 @@ def _arguments(
     batches = math.ceil(rows / (c.micro_batch_size * strategy.processes))
     steps_per_epoch = math.ceil(batches / c.gradient_accumulation_steps)
     on_gpu = device.type == "cuda"
+    compiles = on_gpu if c.torch_compile == "auto" else c.torch_compile
     deepspeed = None if strategy.deepspeed is None else dict(strategy.deepspeed)
     autocast = precision.autocast
     if deepspeed is not None and autocast is not None:
@@ -307,9 +308,9 @@ def _arguments(
         deepspeed=deepspeed,
         activation_checkpointing=c.gradient_checkpointing,  # its name since transformers 5
         activation_checkpointing_kwargs=c.gradient_checkpointing_kwargs.model_dump(),
-        torch_compile=on_gpu if c.torch_compile == "auto" else c.torch_compile,
-        torch_compile_backend=c.torch_compile_backend if c.torch_compile else None,
-        torch_compile_mode=c.torch_compile_mode if c.torch_compile else None,
+        torch_compile=compiles,
+        torch_compile_backend=c.torch_compile_backend if compiles else None,
+        torch_compile_mode=c.torch_compile_mode if compiles else None,
         train_sampling_strategy=c.sampling,
         dataloader_num_workers=c.dataloader_num_workers,
         dataloader_pin_memory=on_gpu,

@@ -69,6 +69,17 @@ def test_rope_is_scaled_as_the_old_key_says(tiny_model):
     assert scaled.rope_parameters == {"rope_theta": theta, "rope_type": "linear", "factor": 4.0}
 
 
+def test_rope_of_one_kind_of_layer():
+    config = AutoConfig.for_model("gemma3_text")
+    before = config.rope_parameters["sliding_attention"]
+    given = {"full_attention": {"type": "linear", "factor": 4.0}}
+    scaled = apply_overrides(config, {"rope_parameters": given}).rope_parameters
+    assert scaled["full_attention"]["rope_type"] == "linear" and scaled["full_attention"]["factor"] == 4.0
+    assert "rope_theta" in scaled["full_attention"] and scaled["sliding_attention"] == before
+    with pytest.raises(ConfigError, match=r"for each kind of layer; say which: .*full_attention"):
+        apply_overrides(config, {"rope_scaling": {"type": "linear", "factor": 4.0}})
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

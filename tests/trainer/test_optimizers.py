@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from pyfastlora.trainer.config.optimisation import BNB_OPTIMIZERS, TORCH_OPTIMIZERS, TORCHAO_OPTIMIZERS
 from pyfastlora.trainer.errors import ConfigError
 from pyfastlora.trainer.optimizers import groups_of, with_arguments
+from pyfastlora.trainer.training import FastloraTrainer
 
 from .test_config import GOOD
 from .test_resume import invoke, run
@@ -110,9 +111,26 @@ def test_arguments_reach_the_optimizer(write_jsonl, alpaca_rows, config_file, tm
     )
     unknown = invoke(config_file(data, "optim_args: {scale: 1}\n"), "--output-dir", f"{tmp_path}/unknown")
     assert unknown.exit_code == 2 and "optim_args: adamw_torch_fused has no argument scale" in unknown.stderr
+    ours = invoke(config_file(data, "optim_args: {lr: 1}\n"), "--output-dir", f"{tmp_path}/ours")
+    assert ours.exit_code == 2 and "optim_args: lr is the key learning_rate; say that" in ours.stderr
     text = load_file(tmp_path / "text" / "adapter_model.safetensors")
     assert all(t.equal(text[name]) for name, t in scaled.items())
     assert any(not t.equal(plain[name]) for name, t in scaled.items())
+
+
+def test_embeddings_keep_32_bits_in_groups(load, model, tmp_path, monkeypatch):
+    """As transformers has it for 8-bit optimizers without groups."""
+    bnb = pytest.importorskip("bitsandbytes")
+    manager, kept = bnb.optim.GlobalOptimManager.get_instance(), []
+    monkeypatch.setattr(manager, "register_module_override", lambda module, *_: kept.append(module))
+    config = load(GOOD + "optimizer: adamw_bnb_8bit\nloraplus_lr_ratio: 4\n").config
+    args = TrainingArguments(output_dir=tmp_path, optim="adamw_bnb_8bit", use_cpu=True)
+    trainer = object.__new__(FastloraTrainer)
+    trainer.model, trainer.args, trainer.config = model, args, config
+    trainer.optimizer = trainer.optimizer_cls_and_kwargs = None
+    rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates == {1e-4, 4e-4, 1e-6}
+    assert any(isinstance(module, torch.nn.Embedding) for module in kept)
 
 
 @pytest.mark.parametrize(

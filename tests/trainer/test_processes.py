@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pyfastlora.trainer.errors import ConfigError, UserError
+from pyfastlora.trainer.launch import wanted_processes
 from pyfastlora.trainer.processes import Processes, first_host, join
 from pyfastlora.trainer.strategy import resolve
 
@@ -41,6 +42,14 @@ def test_alone_and_started_by_torchrun(monkeypatch):
         join()
 
 
+def test_a_shell_of_srun_starts_its_own(monkeypatch, load):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert wanted_processes(load(BASE).config, 4, 1) == 4
+    assert wanted_processes(load(BASE).config, 1, 1) == 0
+    assert wanted_processes(load(BASE).config, 1, 1, max_restarts=2) == 1
+
+
 def test_started_by_srun(monkeypatch):
     import os
 
@@ -61,12 +70,15 @@ def test_started_by_srun(monkeypatch):
         ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
     ],
 )
-def test_started_by_mpirun(monkeypatch, names):
+def test_started_by_mpirun(monkeypatch, load, names):
     for name, value in zip(names, ("3", "1", "4"), strict=True):
         monkeypatch.setenv(name, value)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)  # monkeypatch takes away again what join sets
+    assert wanted_processes(load(BASE + "strategy: fsdp2").config, None, 1) == 0  # none of its own
+    with pytest.raises(ConfigError, match="this one was started as one of several"):
+        wanted_processes(load(BASE).config, 4, 1)
     assert join() == Processes(3, 1, 4)
 
 

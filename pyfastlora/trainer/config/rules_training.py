@@ -31,6 +31,9 @@ def _shapes_have_their_schedule(c: Config) -> Iterator[Conflict]:
     if c.lr_scheduler_kwargs and (ours or c.cosine_min_lr_ratio is not None):
         both = ("lr_scheduler_kwargs", "lr_scheduler")
         yield both, "lr_scheduler_kwargs goes with a schedule of transformers; this one has keys of its own"
+    if c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio):
+        keys = ("warmup_steps", "warmup_ratio", "lr_scheduler")
+        yield keys, "lr_scheduler: constant has no warm-up; say constant_with_warmup"
     if c.lr_scheduler == "log_sweep" and (c.warmup_steps or c.warmup_ratio):
         keys = ("warmup_steps", "warmup_ratio", "lr_scheduler")
         yield keys, "log_sweep rises from its first step on; remove the warm-up"
@@ -106,7 +109,8 @@ def _relora_restarts(c: Config) -> Iterator[Conflict]:
         )
     if c.lora_model_dir is not None:
         yield ("relora", "lora_model_dir"), "relora begins with a fresh adapter; remove lora_model_dir"
-    held = c.optimizer in TORCHAO_OPTIMIZERS or "8bit" in c.optimizer or c.optimizer.startswith("paged")
+    packed = "8bit" in c.optimizer or c.optimizer.startswith("paged")
+    held = packed or c.optimizer in (*TORCHAO_OPTIMIZERS, "adafactor")
     if held or (c.optimizer in BNB_OPTIMIZERS and "32bit" not in c.optimizer):
         yield (
             ("relora", "optimizer"),
