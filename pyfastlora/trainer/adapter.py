@@ -15,7 +15,7 @@ from torch import nn
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import ConfigError
 from pyfastlora.trainer.loading import attach
-from pyfastlora.trainer.model import vocabulary_of
+from pyfastlora.trainer.model import first_line, vocabulary_of
 from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.stacked import linears
 
@@ -77,10 +77,22 @@ def _fresh(
         use_rslora=config.peft_use_rslora,
         init_lora_weights=True if default else init,
     )
-    adapted: Any = get_peft_model(model, lora, autocast_adapter_dtype=precision.adapter == torch.float32)
+    _check_rows(model, lora.trainable_token_indices)
+    try:
+        adapted: Any = get_peft_model(model, lora, autocast_adapter_dtype=precision.adapter == torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"adapter: PEFT cannot make it: {first_line(error)}") from error
     if by_loftq and not plain:
         _start_at_what_4_bits_lost(adapted, config)
     return adapted
+
+
+def _check_rows(model: PreTrainedModel, indices: Any) -> None:
+    listed = indices.values() if isinstance(indices, dict) else [indices or []]
+    if (most := max((max(rows, default=0) for rows in listed), default=0)) >= vocabulary_of(model):
+        raise ConfigError(
+            f"peft_trainable_token_indices: the embeddings have {vocabulary_of(model)} rows; got {most}"
+        )
 
 
 def _start_at_what_4_bits_lost(model: PeftModel, config: Config) -> None:

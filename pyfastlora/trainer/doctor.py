@@ -214,6 +214,7 @@ def _adapter(patient: Patient) -> Iterator[Finding]:
 
     from pyfastlora.trainer import model as models
     from pyfastlora.trainer.adapter import add_adapter
+    from pyfastlora.trainer.job import libraries_quiet
     from pyfastlora.trainer.precision import Precision
 
     config = patient.config
@@ -227,7 +228,7 @@ def _adapter(patient: Patient) -> Iterator[Finding]:
     if config.bits == 4 and patient.device is not None and patient.device.type == "cpu":
         models.check_4bit_widths(base, config.base_model)
     precision = Precision(torch.float32, None, torch.float32)
-    with torch.device("meta"):
+    with torch.device("meta"), libraries_quiet():
         patient.model = add_adapter(base, config, precision, patient.tokenizer)
     trained, total = models.count_parameters(patient.model)
     yield Finding(

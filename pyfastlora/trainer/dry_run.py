@@ -39,7 +39,7 @@ def dry_run(loaded: LoadedConfig, console: Console) -> None:
     output_dir is only looked at. Raises UserError for all that training would, and where what was saved
     cannot be read.
     """
-    from pyfastlora.trainer.job import Start, run
+    from pyfastlora.trainer.job import Start, libraries_quiet, run
 
     processes = join()
     if not processes.is_first:
@@ -56,7 +56,8 @@ def dry_run(loaded: LoadedConfig, console: Console) -> None:
         )
         if not processes.is_first:
             return
-        size = check_saved(config, run_dir.path)
+        with libraries_quiet():
+            size = check_saved(config, run_dir.path)
         step, memory = run_dir.read_log("train")[-1], json.loads((run_dir.path / "plan.json").read_text())
     console.head("dry run")
     console.say(f"one step of {step['tokens']} tokens in {step['seconds']:.2f} s, loss {step['loss']:.4f}")

@@ -169,6 +169,13 @@ def _run(
 
     if not processes.is_first:
         run_dir = NoRunDir(config.output_dir)
+    progress = Progress(run_dir, console)
+    signals = Signals(processes)
+    trainer = make_trainer(
+        *(model, data, config, precision, device, pad_id, progress),
+        *(processes, strategy, current, signals),
+    )
+    trainer.check()
     run_dir.create(loaded, start.may_resume)
     kernels = _save_kernels(run_dir, report)
     run_dir.write_json("data.json", data.report)
@@ -184,12 +191,6 @@ def _run(
         values = {"base_model": config.base_model, "trained_parameters": trained, "device": str(device)}
         run_dir.log("start", values)
     samples.save(run_dir)
-    progress = Progress(run_dir, console)
-    signals = Signals(processes)
-    trainer = make_trainer(
-        *(model, data, config, precision, device, pad_id, progress),
-        *(processes, strategy, current, signals),
-    )
     trainer.meter = Meter(model, device)
     started = time.perf_counter()
     with progress.shown(), signals:

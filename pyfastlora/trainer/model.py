@@ -36,6 +36,13 @@ def check_packages(config: Config) -> None:
     if config.optimizer in TORCHAO_OPTIMIZERS and importlib.util.find_spec("torchao") is None:
         raise UserError(f"optimizer: {config.optimizer} needs torchao: pip install torchao")
     check_loggers(config)
+    if config.torch_compile and config.torch_compile_backend is not None:
+        import torch._dynamo
+
+        known = torch._dynamo.list_backends(None)
+        if config.torch_compile_backend not in known:
+            given = config.torch_compile_backend
+            raise UserError(f"torch_compile_backend: must be one of {', '.join(known)}; got {given}")
 
 
 def check_base_model(config: Config, weights: bool = True) -> None:

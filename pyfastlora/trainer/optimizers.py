@@ -11,11 +11,15 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
+from torch.optim import SGD
+from transformers import get_scheduler
 
 from pyfastlora.trainer.config import Config
 from pyfastlora.trainer.errors import ConfigError
+from pyfastlora.trainer.schedules import is_ours
 
 Groups = list[dict[str, Any]]
 #: Arguments of every optimizer that have a key of their own.
@@ -39,6 +43,24 @@ def with_arguments(kind: type, arguments: dict[str, Any], c: Config) -> dict[str
             names = ", ".join(n for n in known if n not in ("self", "params", *_KEYS))
             raise ConfigError(f"optim_args: {c.optimizer} has no argument {name}; it takes {names}")
     return arguments | given
+
+
+def check_steps(model: nn.Module, kind: type, arguments: dict[str, Any], c: Config) -> None:
+    """Raises ConfigError for groups without parameters, and where optimizer or schedule cannot be made."""
+    if has_groups(c):
+        groups_of(model, c, ())
+    one = [nn.Parameter(torch.zeros(2, 2))]
+    try:
+        kind(one, **{name: value for name, value in arguments.items() if name != "params"})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"optim_args: {c.optimizer} cannot be made: {error}") from error
+    if is_ours(c):
+        return
+    try:
+        # of any warm-up and length
+        get_scheduler(c.lr_scheduler, SGD(one), 1, 10, scheduler_specific_kwargs=dict(c.lr_scheduler_kwargs))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler_kwargs: {c.lr_scheduler} cannot be made: {error}") from error
 
 
 def has_groups(c: Config) -> bool:

@@ -34,7 +34,7 @@ from pyfastlora.trainer.data.even_share import EvenShare
 from pyfastlora.trainer.data.prepare import PreparedData
 from pyfastlora.trainer.data.tokenise import IGNORED
 from pyfastlora.trainer.memory import Meter
-from pyfastlora.trainer.optimizers import groups_of, has_groups, with_arguments
+from pyfastlora.trainer.optimizers import check_steps, groups_of, has_groups, with_arguments
 from pyfastlora.trainer.packing import Collator, PackedCollator
 from pyfastlora.trainer.precision import Precision
 from pyfastlora.trainer.processes import Processes
@@ -134,6 +134,12 @@ class FastloraTrainer(SavingTrainer):
         """Of the model as it is now; None where it has not been evaluated since its last step."""
         now = (e for e in self.state.log_history if e["step"] == self.state.global_step and "eval_loss" in e)
         return next((entry["eval_loss"] for entry in now), None)
+
+    def check(self) -> None:
+        """Raises ConfigError for what an optimizer or a schedule would not take, before a run begins."""
+        model: Any = self.model
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+        check_steps(model, kind, with_arguments(kind, arguments, self.config), self.config)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         trained: Any = self.model if model is None else model

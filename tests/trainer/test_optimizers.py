@@ -136,6 +136,32 @@ def test_embeddings_keep_32_bits_in_groups(load, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ("optim_args: {betas: 3}\n", "optim_args: adamw_torch_fused cannot be made: "),
+        ("lr_groups:\n  - {name: none, modules: [nowhere], lr: 5e-3}\n", "in the modules of none"),
+        ("embedding_lr: 1e-5\n", "neither embeddings nor head are trained"),
+        ("lr_scheduler_kwargs: {min: 1}\n", "lr_scheduler_kwargs: polynomial cannot be made: "),
+        ("torch_compile: true\ntorch_compile_backend: inductoor\n", "torch_compile_backend: must be one of"),
+        ("peft_layers_to_transform: [7]\n", "adapter: PEFT cannot make it: "),
+        ("peft_trainable_token_indices: [9999]\n", "the embeddings have 384 rows; got 9999"),
+        ("peft_init_lora_weights: orthogonal\n", "adapter: PEFT cannot make it: "),
+    ],
+)
+def test_what_cannot_be_is_told_before_a_run_begins(
+    write_jsonl, alpaca_rows, config_file, tmp_path, text, sentence
+):
+    config = config_file(write_jsonl(alpaca_rows), text)
+    if "lr_scheduler" in text:
+        config.write_text(config.read_text().replace("constant", "polynomial"))
+    if "orthogonal" in text:
+        config.write_text(config.read_text().replace("lora_r: 8", "lora_r: 7"))
+    result = invoke(config)
+    assert result.exit_code in (1, 2) and sentence in result.stderr, result.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
         ("optimizer: adamw_hf\n", "optimizer: 'adamw_hf' no longer exists; adamw_torch takes its place"),
         ("optimizer: adamw_anyprecision\n", "torchdistx is no longer maintained"),
         ("optimizer: galore_adamw\n", "those of an adapter are"),

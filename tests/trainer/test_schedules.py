@@ -104,6 +104,7 @@ def test_a_run_follows_it(write_jsonl, alpaca_rows, config_file, tmp_path):
         ("cosine_constant_lr_ratio: 0.8\n", "constant at which rate? set cosine_min_lr_ratio"),
         ("lr_scheduler: rex\nlr_scheduler_kwargs: {a: 1}\n", "this one has keys of its own"),
         ("lr_scheduler: log_sweep\nwarmup_steps: 5\n", "log_sweep rises from its first step on"),
+        ("lr_scheduler: constant\nlr_scheduler_kwargs: {a: 1}\n", "constant has no arguments"),
         ("lr_scheduler: constant\nwarmup_ratio: 0.1\n", "has no warm-up; say constant_with_warmup"),
     ],
 )

@@ -31,6 +31,9 @@ def _shapes_have_their_schedule(c: Config) -> Iterator[Conflict]:
     if c.lr_scheduler_kwargs and (ours or c.cosine_min_lr_ratio is not None):
         both = ("lr_scheduler_kwargs", "lr_scheduler")
         yield both, "lr_scheduler_kwargs goes with a schedule of transformers; this one has keys of its own"
+    if c.lr_scheduler == "constant" and c.lr_scheduler_kwargs:
+        both = ("lr_scheduler_kwargs", "lr_scheduler")
+        yield both, "lr_scheduler: constant has no arguments; remove lr_scheduler_kwargs"
     if c.lr_scheduler == "constant" and (c.warmup_steps or c.warmup_ratio):
         keys = ("warmup_steps", "warmup_ratio", "lr_scheduler")
         yield keys, "lr_scheduler: constant has no warm-up; say constant_with_warmup"
